@@ -1,0 +1,5 @@
+"""Update codecs: one file per method; see :class:`fedq.codecs.base.Codec`."""
+
+from fedq.codecs.base import Codec, decode
+
+__all__ = ["Codec", "decode"]

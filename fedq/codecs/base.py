@@ -1,0 +1,93 @@
+"""What every codec is: a frozen configuration with two verbs."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedq import wire
+from fedq.errors import ConfigError, DecodeError
+from fedq.layout import Layout, Vector
+from fedq.random import SEED_BITS
+
+
+class Codec(abc.ABC):
+    """A map from float32 vectors to bytes and back.
+
+    Subclasses are registered frozen dataclasses that implement :meth:`_encode` and :meth:`_decode`
+    on the body; this class frames, checks and seals. A payload carries the codec's name, its
+    parameters, the seed and a checksum, so that the layout is all a decoder needs to know.
+    """
+
+    group: ClassVar[str] = "codec"
+    name: ClassVar[str]
+    #: Constructor arguments that the law suite tries.
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    @property
+    @abc.abstractmethod
+    def unbiased(self) -> bool:
+        """Whether ``E[decode(encode(x, seed))] == x`` over seeds, for every ``x``."""
+
+    @abc.abstractmethod
+    def max_body_bytes(self, layout: Layout) -> int:
+        """Return an upper bound on the body of any payload for ``layout``, in bytes."""
+
+    @abc.abstractmethod
+    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
+        """Encode a finite, contiguous (d,) vector; must not write to ``x``."""
+
+    @abc.abstractmethod
+    def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
+        """Decode a body; :class:`DecodeError` on anything ``_encode`` cannot have written."""
+
+    def encode(self, x: Vector, layout: Layout, seed: int = 0) -> bytes:
+        """Encode a vector.
+
+        Args:
+          x: (d,) finite values; converted to float32.
+          layout: Names and shapes of the d coordinates.
+          seed: Any integer; what is random in the code depends on it and on nothing else.
+
+        Raises:
+          ConfigError: If ``x`` has another shape than the layout, or holds NaN or infinity.
+        """
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        if x.shape != (layout.size,):
+            raise ConfigError(f"expected a vector of shape ({layout.size},), not {x.shape}")
+        if not np.isfinite(x).all():
+            raise ConfigError("cannot encode a vector with NaN or infinity")
+        seed = int(seed) % 2**SEED_BITS
+        return wire.seal_frame(self, layout, seed, self._encode(x, layout, seed))
+
+    def decode(self, payload: bytes | memoryview, layout: Layout) -> Vector:
+        """Decode a payload of this codec, (d,) float32, with the parameters it carries.
+
+        Raises:
+          DecodeError: If the payload is malformed, of another codec or for another layout.
+        """
+        frame = wire.open_frame(payload, layout)
+        if type(frame.codec) is not type(self):
+            raise DecodeError(f"payload is of codec '{frame.codec.name}', not '{self.name}'")
+        return _decode_frame(frame, layout)
+
+
+def decode(payload: bytes | memoryview, layout: Layout) -> Vector:
+    """Decode a payload of any registered codec, (d,) float32; see :meth:`Codec.decode`."""
+    return _decode_frame(wire.open_frame(payload, layout), layout)
+
+
+def _decode_frame(frame: wire.Frame, layout: Layout) -> Vector:
+    codec: Codec = frame.codec
+    if len(frame.body) > codec.max_body_bytes(layout):
+        raise DecodeError(f"payload is too long for {layout.size} coordinates")
+    with np.errstate(all="ignore"):  # hostile scales overflow; finiteness is checked below
+        y = codec._decode(frame.body, layout, frame.seed)
+    if y.shape != (layout.size,) or y.dtype != np.float32:
+        raise AssertionError(f"codec '{codec.name}' returned {y.dtype} of shape {y.shape}")
+    if not np.isfinite(y).all():
+        raise DecodeError("payload decodes to NaN or infinity")
+    return y

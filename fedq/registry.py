@@ -1,0 +1,215 @@
+"""Names to frozen dataclasses, and the one way to build them.
+
+A registered object is its configuration: constructor arguments, YAML, command line and the bytes on
+the wire all name the same fields. Only registered names can be built, never an import path. This
+module is pure Python: no Hydra, no Flower, no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+from fedq.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+#: Every group and the package whose modules register into it: one new file there is one new name.
+GROUPS: dict[str, str] = {
+    "aggregator": "fedq.aggregators",
+    "attack": "fedq.attacks",
+    "codec": "fedq.codecs",
+    "data": "fedq.data",
+    "engine": "fedq.engines",
+    "model": "fedq.models",
+    "partition": "fedq.data.partitions",
+    "privacy": "fedq.privacy",
+    "quantization": "fedq.quantization",
+    "server_optimizer": "fedq.optimizers",
+}
+
+_TABLES: dict[str, dict[str, type]] = {group: {} for group in GROUPS}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
+    """Make a class a frozen, keyword-only dataclass known as ``group=name``."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        if group not in _TABLES:
+            raise unknown("group", group, _TABLES)
+        old = _TABLES[group].setdefault(name, cls)
+        if old is not cls:
+            raise ConfigError(f"{group}={name} is already taken by {old.__module__}")
+        cls.group, cls.name = group, name  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+@cache
+def _load(group: str) -> None:
+    package = import_module(GROUPS[group])
+    for module in iter_modules(package.__path__, package.__name__ + "."):
+        import_module(module.name)
+
+
+def table(group: str) -> Mapping[str, type]:
+    """Return the registered classes of a group by name, sorted."""
+    if group not in _TABLES:
+        raise unknown("group", group, _TABLES)
+    _load(group)
+    return dict(sorted(_TABLES[group].items()))
+
+
+def available(group: str) -> list[str]:
+    """Return the names that :func:`build` accepts for a group.
+
+    >>> "identity" in available("codec")
+    True
+    """
+    return list(table(group))
+
+
+def lookup(group: str, name: object) -> type:
+    """Return the class registered as ``group=name``; :class:`ConfigError` names the nearest one."""
+    known = table(group)
+    if not isinstance(name, str) or name not in known:
+        raise unknown(group, name, known)
+    return known[name]
+
+
+def build(group: str, name: str, **options: Any) -> Any:
+    """Build a registered object; the only construction path for YAML, the wire and tests.
+
+    Args:
+      group: One of :data:`GROUPS`.
+      name: A name from :func:`available`.
+      **options: Fields of the registered dataclass. A nested object is given as an instance, a
+        name, or a mapping ``{"name": ..., **fields}``.
+
+    Raises:
+      ConfigError: For an unknown name or option, or a value of the wrong type or range.
+
+    Example:
+      >>> build("codec", "identity").name
+      'identity'
+    """
+    cls = lookup(group, name)
+    known = fields(cls)
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of {group}={name}", option, known)
+    missing = [key for key, field in known.items() if field.required and key not in options]
+    if missing:
+        raise ConfigError(f"{group}={name} needs {', '.join(f'{group}.{key}' for key in missing)}")
+    values = {
+        key: _convert(value, known[key].type, f"{group}.{key}") for key, value in options.items()
+    }
+    return cls(**values)
+
+
+def from_config(group: str, config: object) -> Any:
+    """Build from ``{"name": ..., **fields}`` (JSON or YAML); the inverse of :func:`to_config`."""
+    if isinstance(config, str):
+        return build(group, config)
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+        raise ConfigError(f"{group} needs a mapping with a 'name', not {config!r}")
+    options = {str(key): value for key, value in config.items() if key != "name"}
+    return build(group, config["name"], **options)
+
+
+def to_config(obj: Any) -> dict[str, Any]:
+    """Return the JSON-ready ``{"name": ..., **fields}`` of a registered object.
+
+    >>> to_config(build("codec", "identity"))
+    {'name': 'identity'}
+    """
+    values = {key: getattr(obj, key) for key in fields(type(obj))}
+    return {"name": obj.name} | {
+        key: to_config(value) if is_registered(value) else _plain(value)
+        for key, value in values.items()
+    }
+
+
+def is_registered(obj: object) -> bool:
+    """Whether ``obj`` is an instance of a registered class."""
+    return dataclasses.is_dataclass(obj) and hasattr(type(obj), "group")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One option of a registered class: its resolved type and default."""
+
+    name: str
+    type: Any
+    default: Any
+    required: bool
+
+
+@cache
+def _fields(cls: type) -> tuple[Field, ...]:
+    hints = typing.get_type_hints(cls)
+    result = []
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        required = default is dataclasses.MISSING
+        result.append(Field(field.name, hints[field.name], None if required else default, required))
+    return tuple(result)
+
+
+def fields(cls: type) -> dict[str, Field]:
+    """Return the options of a registered class by name, in declaration order."""
+    return {field.name: field for field in _fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check ``value`` against a type hint, strictly: no text becomes a number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        kinds = [arg for arg in args if arg is not type(None)]
+        for kind in kinds:
+            try:
+                return _convert(value, kind, where)
+            except ConfigError:
+                if len(kinds) == 1:
+                    raise
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ConfigError(f"{where} must be {names}, not {value!r}")
+    if origin is Literal:
+        if value in args and type(value) in {type(arg) for arg in args}:
+            return value
+        raise unknown(where, value, [str(arg) for arg in args])
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, args[0], where) for item in value)
+        raise ConfigError(f"{where} must be a list, not {value!r}")
+    group = getattr(hint, "group", None)
+    if isinstance(group, str):
+        return value if isinstance(value, hint) else from_config(group, value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is Any:
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")

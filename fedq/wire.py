@@ -1,0 +1,280 @@
+"""Bytes between peers: the frame of a codec payload, and the message around it.
+
+Two little-endian records, both versioned and checksummed (CRC-32 as in zlib, over every other byte):
+
+A **frame** holds one encoded vector, and all a decoder needs besides its own layout::
+
+    "fq" | version u8 | crc u32 | layout fingerprint 4 B | codec specification | seed varint | body
+
+The codec specification is the registered name (length u8, ASCII) and the fields that differ from
+their defaults: count u8, then per field its index u8 and its value.
+
+A **message** is what one side sends in one round::
+
+    "fQ" | version u8 | crc u32 | metadata: varint length, JSON | parts: count u8, (varint length, bytes)...
+
+Nothing here allocates by a size that a peer claims: lengths are checked against the bytes at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+import typing
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedq import registry
+from fedq.errors import ConfigError, DecodeError
+from fedq.layout import Layout
+
+VERSION = 1
+FRAME_MAGIC, MESSAGE_MAGIC = b"fq", b"fQ"
+MAX_METADATA_BYTES = 1 << 16
+MAX_PARTS = 8
+_HEAD = struct.Struct("<2sBI")
+_PREFIX_BYTES = 3  # magic and version: what the checksum covers before its own field
+
+
+def varint(value: int) -> bytes:
+    """Encode a non-negative integer below 2**64 as LEB128.
+
+    >>> varint(300).hex()
+    'ac02'
+    """
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+class Reader:
+    """A cursor over a peer's bytes; every read past the end is a :class:`DecodeError`."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data)
+        self._at = 0
+
+    def take(self, count: int) -> memoryview:
+        """Return the next ``count`` bytes."""
+        if count < 0 or count > len(self._data) - self._at:
+            raise DecodeError(f"payload is truncated: {count} bytes wanted at {self._at}")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def byte(self) -> int:
+        """Return the next byte."""
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        """Return the next LEB128 integer, below 2**64."""
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                if value >= 1 << 64 or (byte == 0 and shift):
+                    break
+                return value
+        raise DecodeError("a varint is not in its shortest 64-bit form")
+
+    def rest(self) -> memoryview:
+        """Return all bytes that are left."""
+        return self.take(len(self._data) - self._at)
+
+    def end(self) -> None:
+        """Check that nothing is left."""
+        if self._at != len(self._data):
+            raise DecodeError(f"{len(self._data) - self._at} bytes too many")
+
+
+def _seal(magic: bytes, content: bytes) -> bytes:
+    prefix = magic + bytes([VERSION])
+    crc = zlib.crc32(content, zlib.crc32(prefix))
+    return prefix + struct.pack("<I", crc) + content
+
+
+def _unseal(magic: bytes, data: bytes | memoryview, what: str) -> Reader:
+    view = memoryview(data)
+    if len(view) < _HEAD.size:
+        raise DecodeError(f"{what} is truncated: {len(view)} bytes")
+    found, version, crc = _HEAD.unpack(view[: _HEAD.size])
+    if found != magic:
+        raise DecodeError(f"not a fedq {what}: it starts with {found!r}")
+    if version != VERSION:
+        raise DecodeError(f"{what} of version {version}; this fedq reads version {VERSION}")
+    content = view[_HEAD.size :]
+    if zlib.crc32(content, zlib.crc32(view[:_PREFIX_BYTES])) != crc:
+        raise DecodeError(f"{what} is corrupt: its checksum does not match")
+    return Reader(content)
+
+
+# --- codec specification ---------------------------------------------------------------------
+
+
+def _same(a: object, b: object) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def _write_spec(obj: Any) -> bytes:
+    cls = type(obj)
+    name = cls.name.encode("ascii")
+    entries = []
+    for index, field in enumerate(registry.fields(cls).values()):
+        value = getattr(obj, field.name)
+        if field.required or not _same(value, field.default):
+            entries.append(bytes([index]) + _write_value(value, field.type))
+    return bytes([len(name)]) + name + bytes([len(entries)]) + b"".join(entries)
+
+
+def _write_value(value: Any, hint: Any) -> bytes:
+    if registry.is_registered(value):
+        return _write_spec(value)
+    if typing.get_origin(hint) is Literal:
+        return bytes([typing.get_args(hint).index(value)])
+    if hint is bool:
+        return bytes([value])
+    if hint is int:
+        return varint(value << 1 if value >= 0 else (-value << 1) - 1)
+    if hint is float:
+        return struct.pack("<d", value)
+    raise TypeError(f"a codec field of type {hint} has no wire form")
+
+
+def _read_spec(reader: Reader, group: str, depth: int = 0) -> Any:
+    if depth > 4:
+        raise DecodeError("codecs are nested too deeply")
+    try:
+        name = bytes(reader.take(reader.byte())).decode("ascii")
+        cls = registry.lookup(group, name)
+        known = list(registry.fields(cls).values())
+        options: dict[str, Any] = {}
+        for _ in range(reader.byte()):
+            index = reader.byte()
+            if index >= len(known) or known[index].name in options:
+                raise DecodeError(f"codec '{name}' has no field {index}, or it is given twice")
+            field = known[index]
+            options[field.name] = _read_value(reader, field.type, depth)
+        return registry.build(group, name, **options)
+    except DecodeError:
+        raise
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise DecodeError(f"payload names an unusable codec: {error}") from None
+
+
+def _read_value(reader: Reader, hint: Any, depth: int) -> Any:
+    group = getattr(hint, "group", None)
+    if isinstance(group, str):
+        return _read_spec(reader, group, depth + 1)
+    if typing.get_origin(hint) is Literal:
+        choices, index = typing.get_args(hint), reader.byte()
+        if index >= len(choices):
+            raise DecodeError(f"choice {index} of {len(choices)}")
+        return choices[index]
+    if hint is bool:
+        return bool(reader.byte())
+    if hint is int:
+        raw = reader.varint()
+        return raw >> 1 if raw & 1 == 0 else -((raw + 1) >> 1)
+    if hint is float:
+        value = struct.unpack("<d", reader.take(8))[0]
+        if not math.isfinite(value):
+            raise DecodeError("a codec option is not finite")
+        return value
+    raise DecodeError(f"a codec field of type {hint} has no wire form")
+
+
+# --- frame -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One opened codec payload: the codec that wrote it, its seed, and the body."""
+
+    codec: Any
+    seed: int
+    body: memoryview
+
+
+def seal_frame(codec: Any, layout: Layout, seed: int, body: bytes) -> bytes:
+    """Frame an encoded body; the inverse of :func:`open_frame`."""
+    content = layout.fingerprint + _write_spec(codec) + varint(seed) + body
+    return _seal(FRAME_MAGIC, content)
+
+
+def open_frame(payload: bytes | memoryview, layout: Layout) -> Frame:
+    """Check a payload's frame against the local layout.
+
+    Raises:
+      DecodeError: On wrong magic, version, checksum, layout, codec name or codec option.
+    """
+    reader = _unseal(FRAME_MAGIC, payload, "payload")
+    if reader.take(len(layout.fingerprint)) != layout.fingerprint:
+        raise DecodeError("payload was made for another model: the layouts differ")
+    codec = _read_spec(reader, "codec")
+    seed = reader.varint()
+    return Frame(codec, seed, reader.rest())
+
+
+# --- message -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One message: JSON-ready metadata and binary parts."""
+
+    metadata: Mapping[str, Any]
+    parts: Sequence[bytes | memoryview] = dataclasses.field(default=())
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def seal(message: Envelope) -> bytes:
+    """Serialise a message; the inverse of :func:`unseal`.
+
+    >>> unseal(seal(Envelope({"loss": 0.5}, [b"abc"]))).metadata
+    {'loss': 0.5}
+    """
+    meta = json.dumps(
+        dict(message.metadata), separators=(",", ":"), allow_nan=False, sort_keys=True
+    ).encode()
+    if len(meta) > MAX_METADATA_BYTES or len(message.parts) > MAX_PARTS:
+        raise ConfigError(
+            f"a message holds {MAX_METADATA_BYTES} bytes of metadata, {MAX_PARTS} parts"
+        )
+    pieces = [varint(len(meta)), meta, bytes([len(message.parts)])]
+    for part in message.parts:
+        pieces += [varint(len(part)), bytes(part)]
+    return _seal(MESSAGE_MAGIC, b"".join(pieces))
+
+
+def unseal(data: bytes | memoryview) -> Envelope:
+    """Open a message.
+
+    Raises:
+      DecodeError: On anything that :func:`seal` did not write.
+    """
+    reader = _unseal(MESSAGE_MAGIC, data, "message")
+    length = reader.varint()
+    if length > MAX_METADATA_BYTES:
+        raise DecodeError(f"{length} bytes of metadata; at most {MAX_METADATA_BYTES} are read")
+    try:
+        metadata = json.loads(bytes(reader.take(length)), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"metadata is not JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise DecodeError("metadata is not a JSON object")
+    count = reader.byte()
+    if count > MAX_PARTS:
+        raise DecodeError(f"{count} parts; at most {MAX_PARTS} are read")
+    parts = [reader.take(reader.varint()) for _ in range(count)]
+    reader.end()
+    return Envelope(metadata, parts)
