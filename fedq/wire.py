@@ -1,6 +1,6 @@
 """Bytes between peers: the frame of a codec payload, and the message around it.
 
-Two little-endian records, both versioned and checksummed (CRC-32 as in zlib, over every other byte):
+Two little-endian records, both versioned and checksummed (CRC-32 as in zlib, over all other bytes):
 
 A **frame** holds one encoded vector, and all a decoder needs besides its own layout::
 
@@ -11,7 +11,7 @@ their defaults: count u8, then per field its index u8 and its value.
 
 A **message** is what one side sends in one round::
 
-    "fQ" | version u8 | crc u32 | metadata: varint length, JSON | parts: count u8, (varint length, bytes)...
+    "fQ" | version u8 | crc u32 | metadata: varint length, JSON | count u8 | parts: length, bytes
 
 Nothing here allocates by a size that a peer claims: lengths are checked against the bytes at hand.
 """
@@ -124,7 +124,7 @@ def _same(a: object, b: object) -> bool:
 
 def _write_spec(obj: Any) -> bytes:
     cls = type(obj)
-    name = cls.name.encode("ascii")
+    name: bytes = cls.name.encode("ascii")
     entries = []
     for index, field in enumerate(registry.fields(cls).values()):
         value = getattr(obj, field.name)
