@@ -1,0 +1,5 @@
+"""Aggregation rules: one file per rule; see :class:`fedq.aggregators.base.Aggregator`."""
+
+from fedq.aggregators.base import Aggregator
+
+__all__ = ["Aggregator"]
