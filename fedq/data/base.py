@@ -1,0 +1,247 @@
+"""What every data source is: a frozen configuration that loads one :class:`Dataset`."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq import random
+from fedq.errors import ConfigError
+
+Array = NDArray[Any]
+Labels = NDArray[np.int64]
+Inputs = NDArray[np.float32]
+Kind = Literal["image", "series", "features"]
+
+#: What each kind looks like as stored.
+LAYOUTS: Mapping[str, str] = {
+    "image": "(N, H, W) or (N, H, W, C)",
+    "series": "(N, T, C)",
+    "features": "(N, F)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Training and test examples in memory; made by :meth:`of`.
+
+    Inputs stay as they are stored: channels last, in the source's dtype. Models get
+    :meth:`train_inputs` and :meth:`test_inputs`: float32, channels first, scaled.
+
+    Example:
+      >>> x, y = np.zeros((6, 8, 8), np.uint8), np.array(list("abcabc"))
+      >>> data = Dataset.of(x, y, x[:3], y[:3], kind="image")
+      >>> data.input_shape, data.classes, data.y_test.tolist()
+      ((1, 8, 8), 3, [0, 1, 2])
+    """
+
+    x_train: Array
+    y_train: Labels
+    x_test: Array
+    y_test: Labels
+    classes: int
+    client_train: Labels | None
+    kind: Kind
+
+    @classmethod
+    def of(
+        cls,
+        x_train: Array,
+        y_train: Array,
+        x_test: Array,
+        y_test: Array,
+        *,
+        kind: Kind,
+        client_train: Array | None = None,
+    ) -> Dataset:
+        """Check the arrays of any source and number their labels.
+
+        Args:
+          x_train: (N, ...) inputs as in :data:`LAYOUTS`.
+          y_train: (N,) integers or text; numbered 0..classes-1 in sorted order.
+          x_test: (M, ...) inputs of the same shape per example.
+          y_test: (M,) labels, all of which occur in training.
+          kind: What an example is.
+          client_train: (N,) integers or text, an id per training example, or None.
+
+        Raises:
+          ConfigError: On anything that cannot be trained on.
+        """
+        for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+            _check_inputs(x, f"x_{name}", kind)
+            _check_ids(y, f"y_{name}", len(x), f"x_{name}")
+        if x_train.shape[1:] != x_test.shape[1:]:
+            raise ConfigError(
+                f"x_train holds examples of shape {x_train.shape[1:]}, "
+                f"x_test of shape {x_test.shape[1:]}; they must be equal"
+            )
+        if y_train.dtype.kind in "iu" and y_test.dtype.kind in "iu":
+            known, y = np.unique(y_train, return_inverse=True)
+        else:  # compared as text, so that "3" and 3 are one class
+            known, y = np.unique(y_train.astype(str), return_inverse=True)
+            y_test = y_test.astype(str)
+        unseen = np.setdiff1d(y_test, known)
+        if unseen.size:
+            raise ConfigError(
+                f"y_test holds labels that y_train does not: {_some(unseen)}; "
+                "add training examples or drop these"
+            )
+        if known.size < 2:
+            raise ConfigError("y_train holds a single class; classification needs at least two")
+        clients = None
+        if client_train is not None:
+            _check_ids(client_train, "client_train", len(x_train), "x_train")
+            clients = np.unique(client_train, return_inverse=True)[1].astype(np.int64)
+        return cls(
+            x_train=x_train,
+            y_train=y.astype(np.int64),
+            x_test=x_test,
+            y_test=np.searchsorted(known, y_test).astype(np.int64),
+            classes=int(known.size),
+            client_train=clients,
+            kind=kind,
+        )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one model input: (C, H, W), (C, T) or (F,)."""
+        shape = self.x_train.shape[1:]
+        if self.kind == "image":
+            return (1, *shape) if len(shape) == 2 else (shape[2], *shape[:2])
+        return shape[::-1] if self.kind == "series" else shape
+
+    def train_inputs(self, indices: NDArray[np.integer[Any]]) -> Inputs:
+        """Return chosen training inputs, (len(indices), *input_shape) float32, contiguous."""
+        return self._inputs(self.x_train[indices])
+
+    def test_inputs(self) -> Inputs:
+        """Return all test inputs, (M, *input_shape) float32, contiguous."""
+        return self._inputs(self.x_test)
+
+    @cached_property
+    def scaling(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Offset and divisor of the stored inputs, broadcast over examples.
+
+        uint8 images map to [0, 1]; all else is standardised per channel or feature with the mean
+        and deviation of the training inputs. A constant one maps to zero.
+        """
+        x = self.x_train
+        if self.kind == "image" and x.dtype == np.uint8:
+            return np.zeros(()), np.full((), 255.0)
+        axes = tuple(range(x.ndim if self.kind == "image" and x.ndim == 3 else x.ndim - 1))
+        constant = x.min(axis=axes) == x.max(axis=axes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = x.mean(axis=axes, dtype=np.float64)
+            deviation = np.where(constant, 1.0, x.std(axis=axes, dtype=np.float64))
+        if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
+            raise ConfigError("x_train holds values too large to standardise; rescale them")
+        return mean, np.where(deviation > 0, deviation, 1.0)
+
+    def _inputs(self, x: Array) -> Inputs:
+        offset, divisor = self.scaling
+        if offset.ndim == 0 and offset == 0:
+            scaled = x.astype(np.float32)
+            scaled /= np.float32(divisor)
+        else:
+            scaled = ((x - offset) / divisor).astype(np.float32)
+        if self.kind == "image":
+            scaled = scaled[:, None] if scaled.ndim == 3 else scaled.transpose(0, 3, 1, 2)
+        elif self.kind == "series":
+            scaled = scaled.transpose(0, 2, 1)
+        return np.ascontiguousarray(scaled)
+
+
+class Data(abc.ABC):
+    """Where examples come from.
+
+    Subclasses are registered frozen dataclasses that implement :meth:`load`; use
+    :func:`load`, which keeps what was loaded.
+    """
+
+    group: ClassVar[str] = "data"
+    name: ClassVar[str]
+    #: Constructor arguments that load in the law suite; empty where files or packages are needed.
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    @abc.abstractmethod
+    def load(self) -> Dataset:
+        """Read the examples.
+
+        Raises:
+          ConfigError: If the source is missing or holds what cannot be trained on.
+        """
+
+
+@cache
+def load(data: Data) -> Dataset:
+    """Return the data set of a configuration, read once per process.
+
+    >>> from fedq import build
+    >>> load(build("data", "digits")) is load(build("data", "digits"))
+    True
+    """
+    return data.load()
+
+
+def stratified(y: Array, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Split rows by class: indices of training and test rows, each sorted.
+
+    Every class gives ``round(test_fraction * count)`` rows to the test set, but at least one, and
+    keeps at least one.
+
+    >>> train, test = stratified(np.repeat([0, 1], [80, 20]), 0.25, seed=0)
+    >>> len(train), len(test)
+    (75, 25)
+    """
+    rng = random.generator(random.derive(seed, "split"))
+    held = np.zeros(len(y), bool)
+    for label in np.unique(y):
+        rows = np.flatnonzero(y == label)
+        if len(rows) < 2:
+            raise ConfigError(f"class '{label}' has a single example; a split needs two")
+        count = min(max(round(test_fraction * len(rows)), 1), len(rows) - 1)
+        held[rng.permutation(rows)[:count]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def check_fraction(value: float, option: str) -> None:
+    """Raise :class:`ConfigError` unless ``value`` lies strictly between 0 and 1."""
+    if not 0 < value < 1:
+        raise ConfigError(f"{option} must lie strictly between 0 and 1, not {value}")
+
+
+def _check_inputs(x: Array, name: str, kind: Kind) -> None:
+    if x.dtype.kind not in "buif":
+        raise ConfigError(f"{name} must hold numbers, not {x.dtype}")
+    if x.ndim not in {"image": (3, 4), "series": (3,), "features": (2,)}[kind]:
+        raise ConfigError(f"{name} must have shape {LAYOUTS[kind]}, not {x.shape}")
+    if x.size == 0:
+        raise ConfigError(f"{name} is empty: its shape is {x.shape}")
+    if kind == "image" and x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] > 4:
+        raise ConfigError(
+            f"{name} of shape {x.shape} looks channels-first; store images as {LAYOUTS['image']}"
+        )
+    if x.dtype.kind == "f":
+        for start in range(0, len(x), 4096):  # blocks: no temporary as large as the data
+            if not np.isfinite(x[start : start + 4096]).all():
+                raise ConfigError(f"{name} holds NaN or infinity; clean or drop those examples")
+
+
+def _check_ids(ids: Array, name: str, rows: int, of: str) -> None:
+    if ids.dtype.kind not in "iuUSb":
+        raise ConfigError(f"{name} must hold integers or text, not {ids.dtype}")
+    if ids.ndim != 1:
+        raise ConfigError(f"{name} must have shape (N,), one class or id per row, not {ids.shape}")
+    if len(ids) != rows:
+        raise ConfigError(f"{of} has {rows} rows but {name} has {len(ids)}")
+
+
+def _some(values: Array) -> str:
+    text = ", ".join(map(str, values[:5].tolist()))
+    return text + (", ..." if len(values) > 5 else "")
