@@ -1,0 +1,80 @@
+"""Uniform integers (Jacob et al. 2018, CVPR, "Quantization and training of neural networks...")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fedq.errors import ConfigError
+from fedq.quantization.base import Quantization
+from fedq.quantization.fake import ActivationQuantizer, UniformWeight
+from fedq.quantization.placement import place
+from fedq.registry import register
+
+_EDGE_BITS = 8  # of the input and the logits: sensors and argmax both want their resolution
+
+
+@register("quantization", "uniform")
+class Uniform(Quantization):
+    """Integer weights and activations, as int8 kernels of microcontrollers and phones compute.
+
+    Weights are symmetric in the narrow range with the largest weight at its end (no state);
+    activations are asymmetric over a moving average of each batch's range: two float32 buffers
+    ``activation_quantizers.NAME.lo`` and ``.hi`` each, zero while unset.
+
+    Args:
+      weight_bits: 2 to 8.
+      activation_bits: 4 to 8; 0 leaves activations in float. The input and the logits have 8.
+      per_channel: One weight scale per output channel, or one per layer. Batch normalisation folds
+        exactly only with the former.
+      first_last_bits: Weight bits of the first and the last layer, 2 to 8.
+      range_momentum: Share of the newest batch in an activation range, in (0, 1].
+
+    Example:
+      >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+      >>> prepared = Uniform(weight_bits=4).prepare(network)
+      >>> [name for name in prepared.state_dict() if name not in network.state_dict()][:2]
+      ['activation_quantizers.input.lo', 'activation_quantizers.input.hi']
+    """
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"weight_bits": 4, "activation_bits": 4},
+        {"weight_bits": 2, "first_last_bits": 2, "per_channel": False, "activation_bits": 0},
+    )
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    per_channel: bool = True
+    first_last_bits: int = 8
+    range_momentum: float = 0.05
+
+    def __post_init__(self) -> None:
+        for option in ("weight_bits", "first_last_bits"):
+            if not 2 <= getattr(self, option) <= 8:
+                raise ConfigError(
+                    f"quantization.{option} must be 2 to 8, not {getattr(self, option)}"
+                )
+        if self.activation_bits != 0 and not 4 <= self.activation_bits <= 8:
+            raise ConfigError(
+                "quantization.activation_bits must be 4 to 8, or 0 for float activations,"
+                f" not {self.activation_bits}"
+            )
+        if not 0 < self.range_momentum <= 1:
+            raise ConfigError(
+                f"quantization.range_momentum must be in (0, 1], not {self.range_momentum}"
+            )
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Return the network with uniform fake quantizers."""
+        return place(model, self._weight, self._activation if self.activation_bits else None)
+
+    def _weight(self, layer: nn.Module, edge: bool) -> UniformWeight:
+        bits = self.first_last_bits if edge else self.weight_bits
+        return UniformWeight(bits, self.per_channel)
+
+    def _activation(self, edge: bool) -> ActivationQuantizer:
+        bits = _EDGE_BITS if edge else self.activation_bits
+        return ActivationQuantizer(bits, self.range_momentum)

@@ -1,0 +1,396 @@
+"""Local training and evaluation of one client at a time, on one flat vector of weights.
+
+A process makes one :class:`Trainer` and trains all its clients in it: nothing is built, copied by
+name or imported per client. Parameters and gradients are views of two flat vectors, so that loading
+weights is one copy, a step of SGD a few vector operations, and the update one subtraction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedq import registry
+from fedq.errors import ConfigError, FedqError, unknown
+from fedq.layout import Layout, Vector
+from fedq.models.base import create
+from fedq.quantization.base import float_twin as computing_in_float
+from fedq.random import derive, generator
+
+
+class Diverged(FedqError):  # noqa: N818 - reads as what happened
+    """Local training left the finite numbers; the client has no update to send."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a client trains: stochastic gradient descent, started afresh each round.
+
+    The gradient of a step is that of the batch's mean loss, plus ``proximal_mu (w - w_0)`` (the
+    proximal term of FedProx), scaled down to norm ``max_grad_norm`` if longer, plus
+    ``weight_decay w``; then ``v = momentum v + gradient`` and ``w = w - learning_rate v``, as in
+    ``torch.optim.SGD``.
+
+    Args:
+      local_epochs: Passes over the client's examples per round.
+      batch_size: Examples per step; the last batch of an epoch may be smaller.
+      learning_rate: Step size.
+      momentum: Heavy-ball momentum, in [0, 1); 0 is plain SGD.
+      weight_decay: L2 penalty's gradient factor.
+      proximal_mu: Pull towards the weights received from the server; 0 is FedAvg.
+      max_grad_norm: Bound on the gradient's Euclidean norm; 0 is no bound.
+
+    Reference:
+      McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized
+      data", AISTATS, algorithm 1; Li et al. 2020, "Federated optimization in heterogeneous
+      networks", MLSys, section 3 (FedProx).
+
+    Example:
+      >>> TrainingConfig.from_config({"learning_rate": 0.1}).to_config()["learning_rate"]
+      0.1
+    """
+
+    local_epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for option in ("local_epochs", "batch_size"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"{option} must be at least 1, not {getattr(self, option)}")
+        for option in ("learning_rate", "weight_decay", "proximal_mu", "max_grad_norm"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ConfigError(
+                    f"{option} must be finite and not negative, not {getattr(self, option)}"
+                )
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must be in [0, 1), not {self.momentum}")
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON-ready fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TrainingConfig:
+        """Build from a mapping of fields; the inverse of :meth:`to_config`.
+
+        Raises:
+          ConfigError: For an unknown field, or a value of the wrong type or range.
+        """
+        kinds = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key not in kinds:
+                raise unknown("training option", key, kinds)
+            allowed = (int,) if kinds[key] is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise ConfigError(f"{key} must be {kinds[key].__name__}, not {value!r}")
+            values[key] = kinds[key](value)
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a client's training gives.
+
+    Attributes:
+      delta: (d,) float32, trained weights minus those at the start.
+      state: (s,) float32, float buffers after training.
+      examples: Number of training examples.
+      loss: Mean loss over the examples of the last epoch, each before the step that it is part of.
+      steps: Number of gradient steps.
+    """
+
+    delta: Vector
+    state: Vector
+    examples: int
+    loss: float
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy (nats) and share of correct answers over some examples."""
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+class Trainer:
+    """A network, its weights in one flat vector, and the loops over data.
+
+    Parameters that do not require gradients and integer buffers are no part of the vectors: the
+    former stay as built, the latter restart with every :meth:`load`. With one torch thread every
+    result is a function of the arguments and the loaded vectors.
+
+    Args:
+      model: A network as built by :func:`fedq.models.create`, perhaps prepared by a quantization.
+        It is taken over: its parameters and buffers become views of the trainer's vectors.
+
+    Attributes:
+      model: The network.
+      layout: Names and shapes of the d trainable parameters, in the network's order.
+      state_layout: Names and shapes of the s persistent float buffers: activation ranges, running
+        statistics of batch normalisation.
+
+    Raises:
+      ConfigError: If a trainable parameter or float buffer is not float32.
+
+    Example:
+      >>> trainer = Trainer(nn.Linear(2, 3))
+      >>> trainer.load(np.zeros(9, np.float32))
+      >>> x, y = np.eye(2, dtype=np.float32), np.array([0, 2])
+      >>> trained = trainer.train(x, y, TrainingConfig(learning_rate=1.0), seed=0)
+      >>> trained.delta.shape, trained.steps, round(trained.loss, 4)
+      ((9,), 1, 1.0986)
+      >>> trainer.evaluate(x, y).accuracy
+      1.0
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        persistent = model.state_dict().keys()
+        buffers = {n: b for n, b in model.named_buffers() if n in persistent}
+        floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
+        for name, tensor in {**parameters, **floats}.items():
+            if tensor.dtype != torch.float32:
+                raise ConfigError(f"{name} is {tensor.dtype}; train models in float32")
+        self.model = model
+        self.layout = Layout.of(parameters)
+        self.state_layout = Layout.of(floats)
+        self._parameters = list(parameters.values())
+        self._weights, views = _flat_views(self.layout, parameters)
+        for parameter, view in zip(self._parameters, views, strict=True):
+            parameter.data = view
+        self._gradient, self._gradients = _flat_views(self.layout, {})
+        self._state, views = _flat_views(self.state_layout, floats)
+        for buffer, view in zip(floats.values(), views, strict=True):
+            buffer.data = view
+        self._counters = [
+            (b, b.clone()) for n, b in model.named_buffers() if not b.is_floating_point()
+        ]
+        # NumPy's views of the same memory: copies and differences without torch's overhead.
+        self._weights_array: Vector = self._weights.numpy()
+        self._state_array: Vector = self._state.numpy()
+
+    def load(self, weights: Vector, state: Vector | None = None) -> None:
+        """Set the weights, shape (d,), and the state, shape (s,), which defaults to zeros.
+
+        Raises:
+          ConfigError: If a vector has another shape than its layout.
+        """
+        if state is None:
+            state = np.zeros(self.state_layout.size, np.float32)
+        for name, vector, own in (
+            ("weights", weights, self._weights_array),
+            ("state", state, self._state_array),
+        ):
+            if vector.shape != own.shape:
+                raise ConfigError(f"{name} must have shape {own.shape}, not {vector.shape}")
+        np.copyto(self._weights_array, weights)
+        np.copyto(self._state_array, state)
+        for counter, start in self._counters:
+            counter.copy_(start)
+
+    def weights(self) -> Vector:
+        """Return a copy of the weights, (d,) float32."""
+        return self._weights_array.copy()
+
+    def state(self) -> Vector:
+        """Return a copy of the float buffers, (s,) float32."""
+        return self._state_array.copy()
+
+    def train(
+        self, x: NDArray[np.float32], y: NDArray[np.int64], config: TrainingConfig, seed: int
+    ) -> Trained:
+        """Train from the loaded weights and state, which move to the trained ones.
+
+        Args:
+          x: (n, ...) examples, channels first.
+          y: (n,) labels.
+          config: Epochs, batches and steps.
+          seed: Decides the order of the examples, and the network's own randomness (dropout).
+
+        Raises:
+          ConfigError: If there are no examples, or not one label for each.
+          Diverged: If the loss, an update or a range is not finite.
+        """
+        _check(x, y)
+        start = self.weights()
+        step = _Sgd(config, self._weights, self._gradient)
+        self.model.train()
+        for parameter, view in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = view
+        loss, steps = math.nan, 0
+        with _seeded(derive(seed, "model")):
+            for epoch in range(config.local_epochs):
+                order = generator(derive(seed, epoch, "order")).permutation(len(x))
+                total = 0.0
+                for inputs, labels in _batches(x, y, order, config.batch_size):
+                    self._gradient.zero_()
+                    batch_loss = functional.cross_entropy(self.model(inputs), labels)
+                    batch_loss.backward()  # type: ignore[no-untyped-call]
+                    step()
+                    total += batch_loss.item() * len(labels)
+                    steps += 1
+                loss = total / len(x)
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"training diverged in epoch {epoch + 1} of {config.local_epochs}: the loss"
+                        f" is {loss}; lower learning_rate or set max_grad_norm"
+                    )
+        delta, state = self._weights_array - start, self.state()
+        if not (np.isfinite(delta).all() and np.isfinite(state).all()):
+            raise Diverged(
+                f"training diverged in epoch {config.local_epochs} of {config.local_epochs}: loss"
+                f" {loss:.3g}, weights or ranges not finite; lower learning_rate or set"
+                " max_grad_norm"
+            )
+        return Trained(delta, state, len(x), loss, steps)
+
+    def evaluate(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[np.int64],
+        batch_size: int = 500,
+        *,
+        float_twin: bool = False,
+    ) -> Evaluation:
+        """Return loss and accuracy with the present weights; nothing is changed.
+
+        Args:
+          x: (n, ...) examples, channels first.
+          y: (n,) labels.
+          batch_size: Examples per forward pass; bounds memory.
+          float_twin: Compute without the quantizers of a prepared network.
+
+        Raises:
+          ConfigError: If there are no examples, or not one label for each.
+        """
+        _check(x, y)
+        loss, correct = 0.0, 0
+        self.model.eval()
+        with computing_in_float(self.model) if float_twin else nullcontext(), torch.no_grad():
+            for inputs, labels in _batches(x, y, np.arange(len(x)), batch_size):
+                logits = self.model(inputs)
+                loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+                correct += int((logits.argmax(1) == labels).sum())
+        return Evaluation(loss / len(x), correct / len(x), len(x))
+
+
+def trainer_for(
+    model: object,
+    quantization: object,
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    seed: int = 0,
+) -> Trainer:
+    """Return the trainer of a model given by its configuration, as it stands in a message.
+
+    Server and clients call this with the same arguments, so that they share the layout; weights are
+    drawn from ``seed`` until others are loaded.
+
+    Raises:
+      ConfigError: If a name or option is unknown, or the model does not fit the shape.
+    """
+    chosen = registry.from_config("model", model)
+    quantizer = registry.from_config("quantization", quantization)
+    return Trainer(quantizer.prepare(create(chosen, tuple(input_shape), classes, seed)))
+
+
+class _Sgd:
+    """The steps of one client's SGD on flat vectors; see :class:`TrainingConfig`."""
+
+    def __init__(self, config: TrainingConfig, weights: Tensor, gradient: Tensor) -> None:
+        self.config, self.weights, self.gradient = config, weights, gradient
+        self.start = weights.clone() if config.proximal_mu else None
+        self.velocity: Tensor | None = None
+
+    def __call__(self) -> None:
+        config, gradient = self.config, self.gradient
+        if self.start is not None:
+            gradient.add_(self.weights, alpha=config.proximal_mu)
+            gradient.sub_(self.start, alpha=config.proximal_mu)
+        if config.max_grad_norm:
+            norm = float(torch.linalg.vector_norm(gradient))
+            if norm > config.max_grad_norm:
+                gradient.mul_(config.max_grad_norm / norm)
+        if config.weight_decay:
+            gradient.add_(self.weights, alpha=config.weight_decay)
+        if config.momentum:
+            if self.velocity is None:
+                self.velocity = gradient.clone()
+            else:
+                self.velocity.mul_(config.momentum).add_(gradient)
+            gradient = self.velocity
+        self.weights.sub_(gradient, alpha=config.learning_rate)
+
+
+def _flat_views(layout: Layout, values: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return a flat vector and its views by tensor, holding ``values`` or zeros."""
+    flat = torch.zeros(layout.size)
+    views = [flat[tensor.slice].view(tensor.shape) for tensor in layout]
+    for tensor, view in zip(layout, views, strict=True):
+        if tensor.name in values:
+            view.copy_(values[tensor.name].detach())
+    return flat, views
+
+
+def _check(x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
+    if len(x) == 0 or y.shape != (len(x),):
+        raise ConfigError(f"need one label for each of n > 0 examples, not {y.shape} for {len(x)}")
+
+
+def _batches(
+    x: NDArray[np.float32], y: NDArray[np.int64], order: NDArray[np.int64], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gather examples in an order, ``batch_size`` at a time."""
+    for i in range(0, len(order), batch_size):
+        chosen = order[i : i + batch_size]
+        inputs = x.take(chosen, axis=0).astype(np.float32, copy=False)
+        labels = y.take(chosen).astype(np.int64, copy=False)
+        yield _channels_last(inputs), torch.from_numpy(labels)
+
+
+def _channels_last(x: NDArray[np.float32]) -> Tensor:
+    """Return a tensor over a contiguous batch; images in channels-last order.
+
+    Convolutions and pooling take that order from their input, which saves a quarter of a step on a
+    CPU; weights stay in row-major order. One channel needs its strides spelled out, as torch takes
+    either order for contiguous there.
+    """
+    if x.ndim != 4:
+        return torch.from_numpy(x)
+    n, channels, height, width = x.shape
+    if channels == 1:
+        pixels = x.reshape(n, height, width, 1)
+    else:
+        pixels = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator, which dropout draws from, and put it back afterwards."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
