@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal
 
@@ -137,8 +137,8 @@ class Dataset:
         axes = tuple(range(x.ndim if self.kind == "image" and x.ndim == 3 else x.ndim - 1))
         constant = x.min(axis=axes) == x.max(axis=axes)
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = x.mean(axis=axes, dtype=np.float64)
-            deviation = np.where(constant, 1.0, x.std(axis=axes, dtype=np.float64))
+            mean, variance = _moments(x, axes)
+        deviation = np.where(constant, 1.0, np.sqrt(variance))
         if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
             raise ConfigError("x_train holds values too large to standardise; rescale them")
         return mean, np.where(deviation > 0, deviation, 1.0)
@@ -216,6 +216,19 @@ def check_fraction(value: float, option: str) -> None:
         raise ConfigError(f"{option} must lie strictly between 0 and 1, not {value}")
 
 
+def _blocks(x: Array) -> Iterator[Array]:
+    """Yield the rows in blocks: no temporary is as large as the data."""
+    for start in range(0, len(x), 1024):
+        yield x[start : start + 1024]
+
+
+def _moments(x: Array, axes: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    count = np.prod([x.shape[axis] for axis in axes], dtype=np.float64)
+    mean = sum(block.sum(axis=axes, dtype=np.float64) for block in _blocks(x)) / count
+    variance = sum(np.square(block - mean).sum(axis=axes) for block in _blocks(x)) / count
+    return np.asarray(mean), np.asarray(variance)
+
+
 def _check_inputs(x: Array, name: str, kind: Kind) -> None:
     if x.dtype.kind not in "buif":
         raise ConfigError(f"{name} must hold numbers, not {x.dtype}")
@@ -227,14 +240,12 @@ def _check_inputs(x: Array, name: str, kind: Kind) -> None:
         raise ConfigError(
             f"{name} of shape {x.shape} looks channels-first; store images as {LAYOUTS['image']}"
         )
-    if x.dtype.kind == "f":
-        for start in range(0, len(x), 4096):  # blocks: no temporary as large as the data
-            if not np.isfinite(x[start : start + 4096]).all():
-                raise ConfigError(f"{name} holds NaN or infinity; clean or drop those examples")
+    if x.dtype.kind == "f" and not all(np.isfinite(block).all() for block in _blocks(x)):
+        raise ConfigError(f"{name} holds NaN or infinity; clean or drop those examples")
 
 
 def _check_ids(ids: Array, name: str, rows: int, of: str) -> None:
-    if ids.dtype.kind not in "iuUSb":
+    if ids.dtype.kind not in "iuUb":
         raise ConfigError(f"{name} must hold integers or text, not {ids.dtype}")
     if ids.ndim != 1:
         raise ConfigError(f"{name} must have shape (N,), one class or id per row, not {ids.shape}")

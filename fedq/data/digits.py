@@ -13,7 +13,7 @@ from fedq.registry import register
 class Digits(Data):
     """Load scikit-learn's digits (Alpaydin and Kaynak 1998): small enough for tests.
 
-    1,437 training and 360 test images, (8, 8) uint8, 10 classes; grey levels 0..16 are spread over
+    1,438 training and 359 test images, (8, 8) uint8, 10 classes; grey levels 0..16 are spread over
     0..255. The split is stratified and depends on ``seed`` alone.
 
     Args:

@@ -27,8 +27,8 @@ class Smartwatch(Data):
       test_fraction: The last part of every recording, held out.
 
     Example:
-      >>> Smartwatch().load().input_shape  # doctest: +SKIP
-      (6, 100)
+      >>> Smartwatch(window=128, step=64)  # inputs of shape (6, 128)
+      Smartwatch(window=128, step=64, test_fraction=0.25)
 
     Reference:
       Burns et al. 2018, "Shoulder physiotherapy exercise recognition: machine learning the inertial
