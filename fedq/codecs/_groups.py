@@ -1,0 +1,98 @@
+"""Groups of coordinates that share a scale, and their scales on the wire."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq import random
+from fedq.errors import DecodeError
+from fedq.layout import Layout, Vector
+
+#: Who shares a scale: all coordinates, a tensor, an output channel, or ``bucket`` neighbours.
+Sharing = Literal["model", "tensor", "channel", "bucket"]
+
+Wide = NDArray[np.float64]
+
+
+def group_sizes(layout: Layout, sharing: Sharing, bucket: int) -> NDArray[np.int64]:
+    """Return the sizes of the non-empty groups, in order; they add up to ``layout.size``.
+
+    >>> group_sizes(Layout.of({"w": np.ones((2, 3)), "b": np.ones(2)}), "channel", 0).tolist()
+    [3, 3, 2]
+    """
+    d = layout.size
+    if sharing == "model":
+        sizes = [d]
+    elif sharing == "tensor":
+        sizes = [t.size for t in layout]
+    elif sharing == "channel":
+        sizes = [t.size // t.rows for t in layout if t.size for _ in range(t.rows)]
+    else:
+        sizes = [bucket] * (d // bucket) + [d % bucket]
+    return np.array([size for size in sizes if size], np.int64)
+
+
+def starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where each group starts, for ``ufunc.reduceat``."""
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+
+
+def largest(x: Vector, sizes: NDArray[np.int64]) -> Vector:
+    """Return the largest magnitude of each group, (groups,) float32."""
+    if not sizes.size:
+        return np.zeros(0, np.float32)
+    return np.asarray(np.maximum.reduceat(np.abs(x), starts(sizes)), np.float32)
+
+
+def means(x: Vector, sizes: NDArray[np.int64]) -> Vector:
+    """Return the mean magnitude of each group, (groups,) float32."""
+    if not sizes.size:
+        return np.zeros(0, np.float32)
+    total = np.add.reduceat(np.abs(x), starts(sizes), dtype=np.float64)
+    return np.asarray(total / sizes, np.float32)
+
+
+def fractions(seed: int, count: int, purpose: str) -> Wide:
+    """Return (count,) float64 uniform in (0, 1), multiples of 2**-33: the same on both ends."""
+    return np.asarray((random.words(seed, count, purpose) + 0.5) * 2.0**-32, np.float64)
+
+
+def spread(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> Wide:
+    """Return one float64 per coordinate, (d,), from one per group."""
+    return np.repeat(values.astype(np.float64), sizes)
+
+
+def floats_bytes(values: NDArray[np.float32]) -> bytes:
+    """Serialise little-endian float32."""
+    return values.astype("<f4").tobytes()
+
+
+def read_floats(body: memoryview, count: int) -> tuple[NDArray[np.float32], memoryview]:
+    """Return ``count`` finite little-endian float32 and the rest of the body.
+
+    Raises:
+      DecodeError: If the body is too short, or one is NaN or infinite.
+    """
+    if len(body) < 4 * count:
+        raise DecodeError(f"{len(body)} bytes cannot hold {count} scales")
+    values = np.frombuffer(body[: 4 * count], "<f4").astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DecodeError("a scale is NaN or infinite")
+    return values, body[4 * count :]
+
+
+def read_scales(body: memoryview, count: int) -> tuple[NDArray[np.float32], memoryview]:
+    """Return ``count`` scales, finite and not negative, and the rest of the body."""
+    values, rest = read_floats(body, count)
+    if np.signbit(values).any():
+        raise DecodeError("a scale is negative")
+    return values, rest
+
+
+def to_float32(y: Wide) -> Vector:
+    """Round to float32; what exceeds its range saturates instead of becoming infinite."""
+    top = float(np.finfo(np.float32).max)
+    return np.clip(y, -top, top).astype(np.float32)

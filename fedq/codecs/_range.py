@@ -1,0 +1,389 @@
+"""Context-mixing binary range coder for signed integers, in integer arithmetic throughout.
+
+An integer is a short string of binary decisions: is it zero, which sign, is the magnitude above 1,
+2, ... (unary), and from ``UNARY`` on an Exp-Golomb code. Each decision has four contexts drawn from
+what is known already: running magnitudes of the column above and of the row to the left, the
+nearest neighbours, the tensor, and the caller's side information. Each context keeps an adaptive
+probability; a small online logistic mixer joins the four (Mahoney 2005, "Adaptive weighing of
+context models for lossless data compression"). The probability drives a carry-propagating 32-bit
+range coder (Martin 1979; the byte-wise form of LZMA). One function codes both ways, so that
+encoder and decoder cannot drift apart, and no floating-point number is involved, so that every
+machine writes the same bytes.
+
+Every sequence of integers has exactly one code: the last interval is named by its roundest number,
+trailing zero bytes are dropped, and the decoder checks both. Reads past the end give zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq.errors import DecodeError
+
+Integers = NDArray[np.int32]
+
+#: Largest magnitude that can be coded.
+MAX_MAGNITUDE = 1 << 24
+#: Values of the side information: ``bin + SIDE_FLIP`` if the sign is to be mirrored, bin < 16.
+SIDE_BINS, SIDE_FLIP = 16, 16
+
+_UNARY = 12  # magnitudes from here on are escaped
+_MAX_PREFIX = 24
+_CLASSES = 16  # of a running magnitude
+_TENSORS = 64  # told apart by the model; later ones share
+# Decisions, as rows of the weight table.
+_ZERO, _SIGN, _ABOVE = 0, 1, 1  # _ABOVE + k: is the magnitude above k, k = 1 ... _UNARY - 1
+_PREFIX = _ABOVE + _UNARY
+_MANTISSA = _PREFIX + _MAX_PREFIX + 1
+_DECISIONS = _MANTISSA + _MAX_PREFIX + 1
+_SLOTS = 4096  # of each of the four contexts
+_INPUTS = 4
+
+# State of the range coder, an int64 array.
+_LOW, _RANGE, _CODE, _AT, _CACHE, _PENDING = range(6)
+_TOP, _MASK = 1 << 24, (1 << 32) - 1
+
+_PROBABILITY_BITS = 16
+_HALF = 1 << 15
+_LIMIT = 255  # adaptation slows to 1 / (_LIMIT + 1.5)
+_RATE = 6  # of the mixer
+_DOMAIN = 2047  # logits are clipped to +-_DOMAIN / 256
+
+
+@cache
+def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return squash, stretch and reciprocals, computed with integers only.
+
+    ``squash[x + 2048] = 2**16 / (1 + exp(-x / 256))``; ``stretch[p >> 4]`` is its inverse;
+    ``reciprocal[n] = 2**16 / (n + 1.5)``.
+    """
+    one = 1 << 128
+    root, term = 0, one  # exp(1 / 256) by its series
+    for k in range(1, 24):
+        root += term
+        term //= 256 * k
+    power, upper = one, []
+    for _ in range(2048):
+        upper.append((power << _PROBABILITY_BITS) // (power + one))
+        power = power * root >> 128
+    whole = 1 << _PROBABILITY_BITS
+    squash = [whole - upper[min(-x, 2047)] if x < 0 else upper[x] for x in range(-2048, 2048)]
+    stretch, x = [], 0
+    for p in range(4096):
+        while x < 4095 and squash[x] < p * 16 + 8:
+            x += 1
+        stretch.append(min(max(x - 2048, -_DOMAIN), _DOMAIN))
+    reciprocal = [2 * whole // (2 * n + 3) for n in range(_LIMIT + 1)]
+    return tuple(np.array(t, np.int64) for t in (squash, stretch, reciprocal))  # type: ignore[return-value]
+
+
+def _jit(function: Any) -> Any:
+    return numba.njit(cache=True, nogil=True, inline="never")(function)
+
+
+@_jit
+def _shift(state, buffer):  # type: ignore[no-untyped-def]
+    """Move the top byte of ``low`` out, after any carry; bytes beyond the buffer only count."""
+    low = state[_LOW]
+    if low < 0xFF000000 or low > _MASK:
+        carry = low >> 32
+        byte = state[_CACHE] + carry
+        while state[_PENDING] > 0:
+            if 0 <= state[_AT] < buffer.size:
+                buffer[state[_AT]] = byte & 255
+            state[_AT] += 1
+            state[_PENDING] -= 1
+            byte = 255 + carry
+        state[_CACHE] = (low >> 24) & 255
+    state[_PENDING] += 1
+    state[_LOW] = (low & 0x00FFFFFF) << 8
+
+
+@_jit
+def _narrow(bit, bound, state, buffer, decoding):  # type: ignore[no-untyped-def]
+    """Code one decision whose interval for 1 is the lower ``bound`` of the range."""
+    if decoding:
+        bit = 1 if state[_CODE] < bound else 0
+    if bit:
+        state[_RANGE] = bound
+    else:
+        state[_LOW] += bound
+        state[_RANGE] -= bound
+        state[_CODE] -= bound
+    while state[_RANGE] < _TOP:
+        state[_RANGE] <<= 8
+        if decoding:
+            at = state[_AT]
+            byte = np.int64(buffer[at]) if at < buffer.size else 0
+            state[_CODE] = (state[_CODE] << 8) | byte
+            state[_AT] = at + 1
+            state[_LOW] = (state[_LOW] << 8) & _MASK
+        else:
+            _shift(state, buffer)
+    return bit
+
+
+@_jit
+def _plain(bit, state, buffer, decoding):  # type: ignore[no-untyped-def]
+    return _narrow(bit, state[_RANGE] >> 1, state, buffer, decoding)
+
+
+@_jit
+def _decide(bit, row, a, b, c, d, model, state, buffer, decoding):  # type: ignore[no-untyped-def]
+    """Code one decision in contexts a, b, c, d, and learn from it."""
+    probability, count, weight, squash, stretch, reciprocal = model
+    xa = stretch[probability[0, a] >> 4]
+    xb = stretch[probability[1, b] >> 4]
+    xc = stretch[probability[2, c] >> 4]
+    xd = stretch[probability[3, d] >> 4]
+    w = weight[row]
+    logit = (w[0] * xa + w[1] * xb + w[2] * xc + w[3] * xd) >> 16
+    logit = min(max(logit, -_DOMAIN), _DOMAIN)
+    p = squash[logit + 2048]
+    bit = _narrow(bit, (state[_RANGE] >> 16) * p, state, buffer, decoding)
+    target = bit << 16
+    error = (target - p) * _RATE
+    w[0] += (xa * error + (1 << 17)) >> 18
+    w[1] += (xb * error + (1 << 17)) >> 18
+    w[2] += (xc * error + (1 << 17)) >> 18
+    w[3] += (xd * error + (1 << 17)) >> 18
+    for i, slot in ((0, a), (1, b), (2, c), (3, d)):
+        n = count[i, slot]
+        old = probability[i, slot]
+        probability[i, slot] = old + (((target - old) * reciprocal[n]) >> 16)
+        if n < _LIMIT:
+            count[i, slot] = n + 1
+    return bit
+
+
+@_jit
+def _class(magnitude):  # type: ignore[no-untyped-def]
+    """Quantise a running magnitude (8 fractional bits) to 0 ... _CLASSES - 1."""
+    for i, bound in enumerate(
+        (3, 10, 24, 48, 88, 150, 240, 400, 700, 1400, 3000, 6000, 12000, 24000, 48000)
+    ):
+        if magnitude <= bound:
+            return i
+    return _CLASSES - 1
+
+
+@_jit
+def _run(values, side, sizes, columns, model, state, buffer, decoding):  # type: ignore[no-untyped-def]
+    """Code all tensors; return 0, or 1 for an escape that no encoder writes."""
+    n = 0
+    fast, slow = 0, 0
+    for t in range(sizes.size):
+        width = columns[t]
+        above = np.zeros(width, np.int64)  # running magnitudes, 8 fractional bits
+        tensor = min(t, _TENSORS - 1)
+        for i in range(sizes[t]):
+            j = i % width
+            c2 = _class((fast + slow) >> 1)
+            c1 = _class(above[j]) if i >= width else c2
+            cm = (c1 + c2 + 1) >> 1
+            bin_ = side[n] & (SIDE_BINS - 1) if side.size else 0
+            mirror = 1 if side.size and side[n] & SIDE_FLIP else 0
+            left = values[n - 1] if j > 0 else 0
+            left2 = values[n - 2] if j > 1 else 0
+            up = values[n - width] if i >= width else 0
+            upleft = values[n - width - 1] if i >= width and j > 0 else 0
+
+            v = 0 if decoding else values[n]
+            m = abs(v)
+            near = (min(abs(left), 3) * 4 + min(abs(up), 3)) * 4 + min(abs(left2), 3)
+            zero = _decide(
+                1 if m == 0 else 0,
+                _ZERO,
+                c1 * _CLASSES + c2,
+                cm * SIDE_BINS + bin_,
+                near * 4 + (bin_ >> 2),
+                tensor * SIDE_BINS + bin_,
+                model,
+                state,
+                buffer,
+                decoding,
+            )
+            if zero:
+                m = 0
+            else:
+                f = -1 if mirror else 1
+                signs = (
+                    ((np.sign(left) * f + 1) * 3 + np.sign(up) * f + 1) * 3
+                    + np.sign(upleft) * f
+                    + 1
+                )
+                negative = (
+                    _decide(
+                        1 if v * f < 0 else 0,
+                        _SIGN,
+                        256 + bin_,
+                        256 + cm * SIDE_BINS + bin_,
+                        256 + signs * 4 + (bin_ >> 2),
+                        1024 + tensor,
+                        model,
+                        state,
+                        buffer,
+                        decoding,
+                    )
+                    ^ mirror
+                )
+                k = 1
+                while k < _UNARY:
+                    more = _decide(
+                        1 if m > k else 0,
+                        _ABOVE + k,
+                        512 + k * _CLASSES + c1,
+                        512 + k * _CLASSES + c2,
+                        512 + (k * _CLASSES + cm) * 4 + (bin_ >> 2),
+                        1088 + tensor * _UNARY + k,
+                        model,
+                        state,
+                        buffer,
+                        decoding,
+                    )
+                    if not more:
+                        break
+                    k += 1
+                if k == _UNARY:
+                    rest = m - _UNARY + 1
+                    prefix = 0
+                    while True:
+                        longer = _decide(
+                            1 if rest >> (prefix + 1) else 0,
+                            _PREFIX + prefix,
+                            1024 + prefix * _CLASSES + c1,
+                            1024 + prefix * _CLASSES + c2,
+                            2048 + prefix * _CLASSES + cm,
+                            1920 + prefix,
+                            model,
+                            state,
+                            buffer,
+                            decoding,
+                        )
+                        if not longer:
+                            break
+                        prefix += 1
+                        if prefix > _MAX_PREFIX:
+                            return 1
+                    number = 1
+                    for place in range(prefix - 1, -1, -1):
+                        bit = (rest >> place) & 1
+                        if place == prefix - 1:
+                            bit = _decide(
+                                bit,
+                                _MANTISSA + prefix,
+                                2048 + prefix * _CLASSES + c1,
+                                2048 + prefix * _CLASSES + c2,
+                                3072 + prefix * _CLASSES + cm,
+                                2048 + prefix,
+                                model,
+                                state,
+                                buffer,
+                                decoding,
+                            )
+                        else:
+                            bit = _plain(bit, state, buffer, decoding)
+                        number = (number << 1) | bit
+                    k = _UNARY - 1 + number
+                m = k
+                if decoding:
+                    values[n] = -m if negative else m
+            size = min(m, 1 << 12) << 8
+            if i >= width:
+                above[j] += (size - above[j]) >> 3
+            else:
+                above[j] = (size + fast + slow) // 3
+            fast += (size - fast) >> 2
+            slow += (size - slow) >> 5
+            n += 1
+    return 0
+
+
+def _model() -> tuple[NDArray[Any], ...]:
+    probability = np.full((_INPUTS, _SLOTS), _HALF, np.int64)
+    count = np.zeros((_INPUTS, _SLOTS), np.int64)
+    weight = np.full((_DECISIONS, _INPUTS), 20000, np.int64)
+    return (probability, count, weight, *_tables())
+
+
+def _roundest(low: int, width: int) -> int:
+    """Return the number in [low, low + width) with the most trailing zero bits."""
+    for bits in range(32, 0, -1):
+        number = -(-low >> bits) << bits
+        if number < low + width:
+            return number
+    return low
+
+
+def _geometry(tensors: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    sizes = np.array([size for size, _ in tensors], np.int64)
+    columns = np.array([max(width, 1) for _, width in tensors], np.int64)
+    return sizes, columns
+
+
+_NO_SIDE = np.zeros(0, np.uint8)
+
+
+def encode(
+    values: Integers,
+    tensors: Sequence[tuple[int, int]],
+    limit: int,
+    side: NDArray[np.uint8] | None = None,
+) -> bytes | None:
+    """Code integers, or return None if that takes more than ``limit`` bytes.
+
+    Args:
+      values: (n,) int32, magnitudes up to :data:`MAX_MAGNITUDE`.
+      tensors: Size and columns of each tensor in turn; the sizes add up to n.
+      limit: Bytes at most.
+      side: (n,) what both ends know: a bin below :data:`SIDE_BINS`, plus :data:`SIDE_FLIP` where
+        signs are to be mirrored.
+
+    Example:
+      >>> len(encode(np.zeros(10_000, np.int32), [(10_000, 100)], limit=100))
+      0
+    """
+    sizes, columns = _geometry(tensors)
+    state = np.array([0, _MASK, 0, -1, 0, 1], np.int64)
+    buffer = np.zeros(limit + 8, np.uint8)
+    side = _NO_SIDE if side is None else side
+    _run(values, side, sizes, columns, _model(), state, buffer, False)
+    state[_LOW] = _roundest(int(state[_LOW]), int(state[_RANGE]))
+    for _ in range(5):
+        _shift(state, buffer)
+    if state[_AT] > buffer.size:
+        return None
+    body = buffer[: state[_AT]].tobytes().rstrip(b"\0")
+    return body if len(body) <= limit else None
+
+
+def decode(
+    body: bytes | memoryview,
+    tensors: Sequence[tuple[int, int]],
+    side: NDArray[np.uint8] | None = None,
+) -> Integers:
+    """Decode the integers of :func:`encode`, (n,) int32.
+
+    Raises:
+      DecodeError: If the body is not the one code of its integers: too short, too long, altered.
+    """
+    sizes, columns = _geometry(tensors)
+    buffer = np.array(np.frombuffer(body, np.uint8))
+    start = int.from_bytes(bytes(body[:4]).ljust(4, b"\0"), "big")
+    state = np.array([0, _MASK, start, 4, 0, 0], np.int64)
+    values = np.zeros(int(sizes.sum()), np.int32)
+    side = _NO_SIDE if side is None else side
+    if _run(values, side, sizes, columns, _model(), state, buffer, True):
+        raise DecodeError("an escape code is too long")
+    low = int(state[_LOW])
+    if int(state[_CODE]) != _roundest(low, int(state[_RANGE])) - low:
+        raise DecodeError("range code is corrupt: it does not end as an encoder ends it")
+    if buffer.size > state[_AT] or (buffer.size and buffer[-1] == 0):
+        raise DecodeError(f"range code of {buffer.size} bytes is too long")
+    return values
