@@ -1,0 +1,254 @@
+"""Run directories as values: what a table or a plot says about one run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedq import results
+from fedq.errors import ConfigError
+
+BASELINE = "baseline"
+#: "Equal accuracy" is this part of the float run's final accuracy, if both runs reach it.
+EQUAL_PART = 0.99
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its directory tells it; an interrupted one has no summary.
+
+    Attributes:
+      path: The run directory.
+      config: ``config.yaml``.
+      rounds: ``rounds.jsonl``, in order; round 0 is the evaluation before training.
+      summary: ``summary.json``, empty if the run has not ended.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.summary)
+
+    @property
+    def name(self) -> str:
+        """The run's own label; several runs may share one, see :func:`labels`."""
+        fallback = "float_baseline" if self.path.name == BASELINE else self.path.name
+        return str(self.summary.get("name") or self.config.get("name") or fallback)
+
+    @property
+    def codec(self) -> str:
+        """The uplink codec and its options in one line."""
+        return str(self.summary.get("codec") or describe(self.config.get("codec")))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing on the wire was compressed: what the others are compared with."""
+        wire = (self.config.get("codec"), self.config.get("downlink"))
+        names = {c.get("name") if isinstance(c, Mapping) else c for c in wire}
+        return names == {"identity"} or self.name == "float_baseline"
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy of the deployed model at the end, in [0, 1]."""
+        return self._final("accuracy")
+
+    @property
+    def float_accuracy(self) -> float | None:
+        """Test accuracy of its float twin, in [0, 1]."""
+        return self._final("float_accuracy")
+
+    @property
+    def done(self) -> int:
+        """Rounds of training that ended."""
+        return int(self.rounds[-1]["round"] if self.rounds else self.summary.get("rounds", 0))
+
+    @property
+    def planned(self) -> int:
+        """Rounds of training asked for."""
+        return int(self.config.get("rounds") or self.summary.get("rounds") or self.done)
+
+    @property
+    def uplink_bytes(self) -> int:
+        """Bytes from clients to server, all rounds."""
+        return self._total("uplink_bytes")
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Bytes from server to clients, all rounds."""
+        return self._total("downlink_bytes")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in both directions, all rounds."""
+        return self.uplink_bytes + self.downlink_bytes
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes that the same messages would have taken as float32, both directions."""
+        return self._total("float32_uplink_bytes") + self._total("float32_downlink_bytes")
+
+    @property
+    def uplink_bits(self) -> float | None:
+        """Bits per parameter of a client's update."""
+        return self._bits("uplink")
+
+    @property
+    def downlink_bits(self) -> float | None:
+        """Bits per parameter of the model that a client receives."""
+        return self._bits("downlink")
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock time of the run."""
+        if "seconds" in self.summary:
+            return _number(self.summary["seconds"])
+        times = [_number(record.get("seconds")) for record in self.rounds]
+        return sum(time for time in times if time is not None) if any(times) else None
+
+    @cached_property
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(bytes so far in both directions, accuracy of the deployed model) per evaluated round.
+
+        Round 0 is left out: it has cost nothing and has no place on a logarithmic axis.
+        """
+        points, total = [], 0.0
+        for record in self.rounds:
+            total += _number(record.get("uplink_bytes")) or 0
+            total += _number(record.get("downlink_bytes")) or 0
+            accuracy = _number(record.get("accuracy"))
+            if accuracy is not None and total > 0:
+                points.append((total, accuracy))
+        return tuple(points)
+
+    def bytes_to_reach(self, accuracy: float) -> float | None:
+        """Return the bytes spent when a round first ended at or above ``accuracy``, else None."""
+        return next((total for total, reached in self.curve if reached >= accuracy), None)
+
+    def _final(self, key: str) -> float | None:
+        found = _number(self.summary.get(key))
+        if found is not None:
+            return found
+        seen = [_number(record.get(key)) for record in self.rounds]
+        return next((value for value in reversed(seen) if value is not None), None)
+
+    def _total(self, key: str) -> int:
+        found = _number(self.summary.get(key))
+        if found is None:
+            found = sum(_number(record.get(key)) or 0 for record in self.rounds)
+        return int(found)
+
+    def _bits(self, direction: str) -> float | None:
+        found = _number(self.summary.get(f"{direction}_bits_per_parameter"))
+        if found is None and (whole := self._total(f"float32_{direction}_bytes")):
+            found = 32 * self._total(f"{direction}_bytes") / whole
+        return found
+
+
+@dataclass(frozen=True)
+class EqualAccuracy:
+    """What two runs spent until each first reached the same accuracy."""
+
+    accuracy: float
+    run_bytes: float
+    float_bytes: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes the run took than the float run."""
+        return self.float_bytes / self.run_bytes
+
+
+def equal_accuracy(run: Run, reference: Run) -> EqualAccuracy | None:
+    """Compare bytes at 99 % of the reference's final accuracy, or the highest that both reached."""
+    if not run.curve or not reference.curve or reference.accuracy is None:
+        return None
+    tops = [max(accuracy for _, accuracy in r.curve) for r in (run, reference)]
+    level = min(EQUAL_PART * reference.accuracy, *tops)
+    ours, theirs = run.bytes_to_reach(level), reference.bytes_to_reach(level)
+    return EqualAccuracy(level, ours, theirs) if ours and theirs else None
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Read one run directory; an interrupted run is fine, one without a single round is not.
+
+    Raises:
+      ConfigError: If ``path`` is no run directory or has no results yet.
+      FedqError: If its files are damaged.
+    """
+    path = Path(path)
+    config = results.read_config(path)
+    rounds, summary = results.read_rounds(path), results.read_summary(path)
+    if not rounds and not summary:
+        raise ConfigError(f"{path} has no results yet: wait until its first round has ended")
+    return Run(path, config, tuple(rounds), summary or {})
+
+
+def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Read runs, each followed by its float baseline, and the runs inside of sweep directories.
+
+    Raises:
+      ConfigError: If a path holds no run.
+      FedqError: If files are damaged.
+    """
+    found: dict[Path, Run] = {}
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir() and not (path / results.CONFIG).exists():
+            inside = sorted(
+                (child for child in path.iterdir() if (child / results.CONFIG).exists()),
+                key=lambda child: (len(child.name), child.name),  # a sweep counts 0, 1, ..., 10
+            ) or [path]
+        for directory in inside:
+            found.setdefault(directory.resolve(), load_run(directory))
+            baseline = directory / BASELINE
+            if any((baseline / name).exists() for name in (results.ROUNDS, results.SUMMARY)):
+                found.setdefault(baseline.resolve(), load_run(baseline))
+    return list(found.values())
+
+
+def reference_for(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Return the float run that ``run`` is compared with: its own baseline, or the first."""
+    floats = [other for other in runs if other.is_float or other.path.name == BASELINE]
+    own = [other for other in floats if other.path in (run.path, run.path / BASELINE)]
+    return next(iter(own + floats), None)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Return one distinct label per run: names where they differ, else paths below the runs."""
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [run.path.resolve() for run in runs]
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def describe(choice: object) -> str:
+    """Return a registered object's configuration in one line.
+
+    >>> describe({"name": "uniform", "bits": 4, "symmetric": False, "inner": {"name": "raw"}})
+    'uniform(bits=4, symmetric=false, inner=raw)'
+    """
+    if not isinstance(choice, Mapping):
+        return "" if choice is None else str(choice)
+    options = ", ".join(
+        f"{key}={describe(value).lower() if isinstance(value, bool) else describe(value)}"
+        for key, value in choice.items()
+        if key != "name" and value is not None
+    )
+    return f"{choice.get('name', '')}({options})" if options else str(choice.get("name", ""))
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return None
