@@ -86,7 +86,7 @@ def lookup(group: str, name: object) -> type:
     return known[name]
 
 
-def build(group: str, name: str, **options: Any) -> Any:
+def build(group: str, name: str, /, **options: Any) -> Any:
     """Build a registered object; the only construction path for YAML, the wire and tests.
 
     Args:
@@ -102,28 +102,36 @@ def build(group: str, name: str, **options: Any) -> Any:
       >>> build("codec", "identity").name
       'identity'
     """
+    return _build(group, name, options, where=group)
+
+
+def _build(group: str, name: object, options: Mapping[str, Any], where: str) -> Any:
     cls = lookup(group, name)
     known = fields(cls)
     for option in options:
         if option not in known:
-            raise unknown(f"option of {group}={name}", option, known)
+            raise unknown(f"option of {where}={name}", option, known)
     missing = [key for key, field in known.items() if field.required and key not in options]
     if missing:
-        raise ConfigError(f"{group}={name} needs {', '.join(f'{group}.{key}' for key in missing)}")
+        raise ConfigError(f"{where}={name} needs {', '.join(f'{where}.{key}' for key in missing)}")
     values = {
-        key: _convert(value, known[key].type, f"{group}.{key}") for key, value in options.items()
+        key: convert(value, known[key].type, f"{where}.{key}") for key, value in options.items()
     }
     return cls(**values)
 
 
-def from_config(group: str, config: object) -> Any:
-    """Build from ``{"name": ..., **fields}`` (JSON or YAML); the inverse of :func:`to_config`."""
+def from_config(group: str, config: object, where: str | None = None) -> Any:
+    """Build from ``{"name": ..., **fields}`` (JSON or YAML); the inverse of :func:`to_config`.
+
+    ``where`` is what errors call the object: the option that chose it, the group if not given.
+    """
+    where = where or group
     if isinstance(config, str):
-        return build(group, config)
+        return _build(group, config, {}, where)
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        raise ConfigError(f"{group} needs a mapping with a 'name', not {config!r}")
+        raise ConfigError(f"{where} needs a mapping with a 'name', not {config!r}")
     options = {str(key): value for key, value in config.items() if key != "name"}
-    return build(group, config["name"], **options)
+    return _build(group, config["name"], options, where)
 
 
 def to_config(obj: Any) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def convert(value: Any, hint: Any, where: str) -> Any:
     """Check ``value`` against a type hint, strictly: no text becomes a number."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -185,7 +193,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         kinds = [arg for arg in args if arg is not type(None)]
         for kind in kinds:
             try:
-                return _convert(value, kind, where)
+                return convert(value, kind, where)
             except ConfigError:
                 if len(kinds) == 1:
                     raise
@@ -197,11 +205,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise unknown(where, value, [str(arg) for arg in args])
     if origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_convert(item, args[0], where) for item in value)
+            return tuple(convert(item, args[0], where) for item in value)
         raise ConfigError(f"{where} must be a list, not {value!r}")
     group = getattr(hint, "group", None)
     if isinstance(group, str):
-        return value if isinstance(value, hint) else from_config(group, value)
+        return value if isinstance(value, hint) else from_config(group, value, where)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

@@ -1,0 +1,11 @@
+"""No attack: all clients are honest."""
+
+from __future__ import annotations
+
+from fedq.attacks.base import Attack
+from fedq.registry import register
+
+
+@register("attack", "none")
+class NoAttack(Attack):
+    """All clients are honest."""

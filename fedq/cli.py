@@ -1,0 +1,215 @@
+"""The ``fedq`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fedq
+from fedq.errors import ConfigError, FedqError
+
+if TYPE_CHECKING:
+    from fedq.experiment import Experiment
+
+USE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0, 1 for failure, 2 for wrong use.
+
+    No peer, file or option causes a traceback: what fedq did not foresee is one line, too, with the
+    details in a file.
+    """
+    parser = _parser()
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        run: Callable[[argparse.Namespace, list[str]], int] = options.run
+        return run(options, rest)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except ConfigError as error:
+        _complain(str(error))
+        return USE
+    except FedqError as error:
+        _complain(str(error))
+        return FAILURE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        if os.environ.get("FEDQ_DEBUG"):
+            raise
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="fedq-error-", suffix=".log", delete=False
+        ) as file:
+            traceback.print_exc(file=file)
+        _complain(
+            f"{type(error).__name__}: {' '.join(str(error).split())} "
+            f"(this is a bug in fedq; the details are in {file.name})"
+        )
+        return FAILURE
+
+
+def _complain(text: str) -> None:
+    print(f"fedq: {text}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedq",
+        description="Federated learning with quantized updates for IoT fleets.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fedq {fedq.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="train a federated quantized model with simulated clients (the main job)",
+        description="Train a federated quantized model with simulated clients. Without options: "
+        "50 clients, MNIST-5k, int8 QAT, dithered uplink, and float FedAvg beside it.",
+        epilog=_Choices(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    simulate.add_argument("-m", "--multirun", action="store_true", help="sweep: seed=0,1,2")
+    simulate.add_argument("overrides", nargs="*", metavar="OPTION=VALUE")
+    simulate.set_defaults(run=_simulate)
+
+    report = commands.add_parser(
+        "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="directory for the plot and the tables")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser(
+        "doctor", help="check this machine", description="Check this machine.", allow_abbrev=False
+    )
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+class _Choices(str):
+    """The list of choices, made only for ``--help``: it imports every registered class."""
+
+    __slots__ = ()
+
+    def __mod__(self, values: object) -> str:
+        return self.text()
+
+    def __str__(self) -> str:
+        return self.text()
+
+    @staticmethod
+    def text() -> str:
+        from fedq import config
+        from fedq.experiment import CHOICES, field_types
+
+        names = [*CHOICES, "experiment"]
+        lines = [f"  {name + '=':18}{' '.join(config.choices(name))}" for name in names]
+        return (
+            "choices (their options follow a dot, as in codec.bits=4):\n"
+            + "\n".join(lines)
+            + "\n\nvalues: "
+            + " ".join(f"{key}=" for key in field_types() if key not in CHOICES)
+        )
+
+
+def _no_flags(rest: list[str]) -> None:
+    for text in rest:
+        if text.startswith("-"):
+            raise ConfigError(f"unknown flag '{text}'; see fedq --help")
+
+
+def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    overrides = [*options.overrides, *rest]
+    from fedq import config
+
+    if not options.multirun:
+        return _simulate_one(overrides)
+    cells = config.sweep(overrides)
+    status = 0
+    for number, cell in enumerate(cells, 1):
+        print(f"[{number}/{len(cells)}] {' '.join(cell)}")
+        try:
+            _simulate_one(cell)
+        except FedqError as error:
+            _complain(str(error))
+            status = FAILURE
+    return status
+
+
+def _simulate_one(overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from fedq import config, progress
+    from fedq.report import report
+    from fedq.results import default_run_path, read_config
+
+    resume = config.option(overrides, "resume")
+    experiment: Experiment
+    if resume is None:
+        experiment = config.load(overrides)
+        if experiment.run_dir is None:
+            experiment = experiment.replace(run_dir=str(default_run_path()))
+    else:
+        experiment = config.load_resumed(read_config(Path(str(resume))), overrides)
+        experiment = experiment.replace(run_dir=str(resume))
+    baseline = config.baseline_of(experiment) if experiment.baseline else None
+
+    from fedq import simulation
+
+    console = Console()
+    progress.log_to(console)
+    path = Path(str(experiment.run_dir))
+    try:
+        simulation.simulate(
+            experiment, baseline, resume=resume is not None, watch=progress.watch(console)
+        )
+    except KeyboardInterrupt:
+        _complain(f"interrupted; continue with: fedq simulate resume={path}")
+        return INTERRUPTED
+    console.print(report([path]))
+    console.print(f"results  {path}", soft_wrap=True, highlight=False)
+    console.print(f"plot     {path / 'accuracy_vs_bytes.png'}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    from rich.console import Console
+
+    from fedq.report import report
+
+    Console().print(report(options.runs, options.out))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    from rich.console import Console
+
+    from fedq import doctor
+
+    checks = doctor.check()
+    if options.json:
+        print(doctor.to_json(checks))
+    else:
+        Console().print(doctor.render(checks))
+    return FAILURE if any(check.status == "fail" for check in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

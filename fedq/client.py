@@ -1,0 +1,263 @@
+"""The client: ``Message -> Message``, the same on a laptop, in Ray and on a device.
+
+:class:`Task` is the protocol alone, for any Flower app with a model of its own. :class:`Client` is
+the whole client of this project: it builds the model the server names, trains it on local data and
+replies with an encoded delta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq import records, registry, wire
+from fedq.codecs.base import Codec, decode
+from fedq.codecs.error_feedback import ErrorFeedback
+from fedq.codecs.identity import Identity
+from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.feedback import compensate
+from fedq.layout import Layout, Vector
+from fedq.random import derive
+from fedq.state import StateStore
+
+# isort: split
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+if TYPE_CHECKING:
+    from fedq.training import Trainer
+
+EMPTY = Layout((), ())
+
+
+@dataclass(frozen=True)
+class Task:
+    """One opened request of the server: the global model and what to do with it.
+
+    A Flower client with its own training loop needs three lines::
+
+        task = Task.open(message, layout)
+        delta = train(task.weights)                      # (d,) float32
+        return task.reply(delta, examples=n, client=context.node_config["partition-id"])
+
+    Attributes:
+      message: The request.
+      metadata: What the server said: ``round``, ``seed``, ``codec`` and the task's own entries.
+      layout: Names and shapes of the weights.
+      state_layout: Names and shapes of what is averaged but not trained.
+      weights: (d,) float32, the global model as this round's downlink encodes it.
+      state: (s,) float32.
+      codec: How to encode the delta.
+    """
+
+    message: Message
+    metadata: Mapping[str, Any]
+    layout: Layout
+    state_layout: Layout
+    weights: Vector
+    state: Vector
+    codec: Codec
+
+    @classmethod
+    def open(cls, message: Message, layout: Layout, state_layout: Layout = EMPTY) -> Task:
+        """Open a request; :class:`DecodeError` if it is not one for this layout."""
+        envelope = wire.unseal(records.unpack(message.content))
+        return cls._of(message, envelope, layout, state_layout)
+
+    @classmethod
+    def _of(
+        cls, message: Message, envelope: wire.Envelope, layout: Layout, state_layout: Layout
+    ) -> Task:
+        if len(envelope.parts) != 2:
+            raise DecodeError(f"a request has 2 parts, not {len(envelope.parts)}")
+        return cls(
+            message,
+            envelope.metadata,
+            layout,
+            state_layout,
+            decode(envelope.parts[0], layout),
+            Identity().decode(envelope.parts[1], state_layout),
+            registry.from_config("codec", envelope.metadata.get("codec")),
+        )
+
+    @property
+    def round(self) -> int:
+        """The round, from 1."""
+        return int(self.metadata["round"])
+
+    def seed(self, client: int, purpose: str) -> int:
+        """Return this client's seed in this round for a named purpose."""
+        return derive(int(self.metadata["seed"]), self.round, client, purpose)
+
+    def reply(
+        self,
+        delta: Vector,
+        *,
+        examples: int,
+        client: int,
+        loss: float | None = None,
+        state: Vector | None = None,
+        store: StateStore | None = None,
+    ) -> Message:
+        """Encode a delta and answer with it.
+
+        Args:
+          delta: (d,) float32, local minus global weights.
+          examples: Local training examples, the update's weight in the mean.
+          client: A number of this client's own: it decides the randomness of its code.
+          loss: Mean training loss, reported to the server.
+          state: (s,) float32; what was received if not given.
+          store: Where error feedback keeps its residual; needed if the codec has one.
+        """
+        seed = self.seed(client, "encode") >> 31  # 32 bits: short on the wire
+        if isinstance(self.codec, ErrorFeedback):
+            if store is None:
+                raise ConfigError("error feedback needs a store for the residual")
+            residual = store.residual(client, self.round, self.layout)
+            payload, residual = compensate(self.codec, delta, residual, self.layout, seed)
+            store.keep_residual(client, self.round, residual)
+        else:
+            payload = self.codec.encode(delta, self.layout, seed)
+        record = Identity().encode(self.state if state is None else state, self.state_layout)
+        metadata: dict[str, Any] = {"round": self.round, "examples": examples}
+        if loss is not None:
+            metadata["loss"] = float(f"{loss:.6g}")
+        return _answer(self.message, wire.Envelope(metadata, [payload, record]))
+
+    def drop(self, reason: str) -> Message:
+        """Answer without an update, and say why."""
+        return _dropped(self.message, self.round, reason)
+
+
+def _answer(message: Message, envelope: wire.Envelope) -> Message:
+    return Message(records.pack(wire.seal(envelope)), reply_to=message)
+
+
+def _dropped(message: Message, server_round: int, reason: str) -> Message:
+    return _answer(message, wire.Envelope({"round": server_round, "dropped": reason[:200]}))
+
+
+class Site(Protocol):
+    """What only the client's own machine knows: its data and where it may keep state."""
+
+    def identity(self, context: Context) -> int:
+        """Return the client's number."""
+
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the local training data: (n, ...) channel-first inputs and (n,) labels."""
+
+    def store(self, context: Context) -> StateStore:
+        """Return where this client keeps state between rounds."""
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """One partition of a data set per node: the site of every simulation.
+
+    Args:
+      data: The registered data set.
+      parts: Row indices of each partition, by ``partition-id``.
+      state_directory: Where clients keep state between rounds.
+    """
+
+    data: Any
+    parts: list[NDArray[np.int64]]
+    state_directory: Path
+
+    def identity(self, context: Context) -> int:
+        """Return the node's partition."""
+        return int(context.node_config["partition-id"])
+
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the partition's rows."""
+        from fedq.data.base import load
+
+        dataset, rows = load(self.data), self.parts[self.identity(context)]
+        return dataset.train_inputs(rows), dataset.y_train[rows]
+
+    def store(self, context: Context) -> StateStore:
+        """Return the directory that simulated clients share, each with files of its own."""
+        return StateStore(self.state_directory)
+
+
+@dataclass
+class Client:
+    """Trains what the server names on the site's data; one model is kept between messages."""
+
+    site: Site
+    _trainer: tuple[str, Trainer] | None = field(default=None, repr=False)
+    _opened: tuple[bytes, Task] | None = field(default=None, repr=False)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Answer one training request."""
+        from fedq.training import Diverged, TrainingConfig
+
+        task = self._open(message)
+        trainer = self._trainer_for(task.metadata)
+        config = TrainingConfig.from_config(task.metadata["training"])
+        client = self.site.identity(context)
+        x, y = self.site.examples(context)
+        if len(y) == 0:
+            return task.drop(f"client {client} has no training data")
+        trainer.load(task.weights, task.state)
+        try:
+            trained = trainer.train(x, y, config, task.seed(client, "train"))
+        except Diverged as error:
+            return task.drop(str(error))
+        return task.reply(
+            trained.delta,
+            examples=trained.examples,
+            client=client,
+            loss=trained.loss,
+            state=trained.state,
+            store=self.site.store(context),
+        )
+
+    def _open(self, message: Message) -> Task:
+        blob = records.unpack(message.content)
+        # Simulated clients of one round share the request; a worker decodes it once.
+        if self._opened is not None and self._opened[0] == blob:
+            return dataclasses.replace(self._opened[1], message=message)
+        envelope = wire.unseal(blob)
+        trainer = self._trainer_for(envelope.metadata)
+        task = Task._of(message, envelope, trainer.layout, trainer.state_layout)
+        self._opened = (blob, task)
+        return task
+
+    def _trainer_for(self, metadata: Mapping[str, Any]) -> Trainer:
+        from fedq.training import trainer_for
+
+        try:
+            spec = {
+                key: metadata[key] for key in ("model", "quantization", "input_shape", "classes")
+            }
+        except KeyError as error:
+            raise FedqError(f"the request names no {error}; client and server differ") from None
+        key = json.dumps(spec, sort_keys=True)
+        if self._trainer is None or self._trainer[0] != key:
+            self._trainer = (key, trainer_for(**spec, seed=0))
+        return self._trainer[1]
+
+
+def client_app(make_site: Callable[[], Site]) -> ClientApp:
+    """Return a Flower ClientApp over a site, made at the first message."""
+    app = ClientApp()
+    client: list[Client] = []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if not client:
+            import torch
+
+            torch.set_num_threads(1)
+            client.append(Client(make_site()))
+        return client[0].train(message, context)
+
+    return app

@@ -1,0 +1,174 @@
+"""An experiment: everything that decides a run, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from fedq import registry
+from fedq.errors import ConfigError, unknown
+
+#: Experiment fields that hold a registered object, and the group each is chosen from.
+CHOICES: dict[str, str] = {
+    "model": "model",
+    "data": "data",
+    "partition": "partition",
+    "quantization": "quantization",
+    "codec": "codec",
+    "downlink": "codec",
+    "aggregator": "aggregator",
+    "server_optimizer": "server_optimizer",
+    "attack": "attack",
+    "privacy": "privacy",
+    "engine": "engine",
+}
+DEFAULT_CLIENTS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A federation, its data and what crosses its wire.
+
+    Attributes:
+      name: Label in tables and plots.
+      rounds: Rounds of federated training.
+      seed: The one seed; every random choice derives from it.
+      clients: Clients in the federation; ``None`` is 50, or one per client id of a data set with a
+        natural partition.
+      clients_per_round: Sampled per round: a count (int) or a fraction of the clients (float).
+      local_epochs: Epochs of local training per round.
+      batch_size: Examples per local step.
+      learning_rate: Local step size of SGD.
+      momentum: Local momentum, fresh in every round.
+      weight_decay: Local L2 penalty.
+      proximal_mu: FedProx pull towards the global model (Li et al. 2020); 0 is FedAvg.
+      max_grad_norm: Local gradient clipping; 0 is off.
+      weighting: How an update counts: by its number of examples, or all alike.
+      max_examples: A client's claim of examples is clamped to this.
+      quorum: Fraction of the sampled clients that must succeed for the round to count.
+      round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
+      evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.
+      baseline: Whether to run the float experiment beside this one.
+      run_dir: Where results go; ``None`` is a new directory under ``runs/``.
+      resume: Run directory to continue.
+      plugins: Python files of the user's own registered objects; never taken from a peer.
+    """
+
+    name: str
+    rounds: int
+    seed: int
+    clients: int | None
+    clients_per_round: int | float
+    local_epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    proximal_mu: float
+    max_grad_norm: float
+    weighting: typing.Literal["examples", "uniform"]
+    max_examples: int
+    quorum: float
+    round_deadline_s: float | None
+    evaluate_every: int
+    baseline: bool
+    run_dir: str | None
+    resume: str | None
+    plugins: tuple[str, ...]
+    model: Any = field()
+    data: Any = field()
+    partition: Any = field()
+    quantization: Any = field()
+    codec: Any = field()
+    downlink: Any = field()
+    aggregator: Any = field()
+    server_optimizer: Any = field()
+    attack: Any = field()
+    privacy: Any = field()
+    engine: Any = field()
+
+    def __post_init__(self) -> None:
+        _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
+        _check(self.seed >= 0, "seed must not be negative", self.seed)
+        _check(
+            self.clients is None or self.clients >= 1, "clients must be at least 1", self.clients
+        )
+        _check(
+            self.clients_per_round > 0
+            and (isinstance(self.clients_per_round, int) or self.clients_per_round <= 1),
+            "clients_per_round must be a count of at least 1 or a fraction in (0, 1]",
+            self.clients_per_round,
+        )
+        if isinstance(self.clients_per_round, int) and self.clients is not None:
+            _check(
+                self.clients_per_round <= self.clients,
+                f"clients_per_round must be at most clients={self.clients}",
+                self.clients_per_round,
+            )
+        _check(0 < self.quorum <= 1, "quorum must be in (0, 1]", self.quorum)
+        _check(
+            self.round_deadline_s is None or self.round_deadline_s > 0,
+            "round_deadline_s must be positive seconds, or null",
+            self.round_deadline_s,
+        )
+        _check(self.max_examples >= 1, "max_examples must be at least 1", self.max_examples)
+        _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Experiment:
+        """Build from plain data (YAML, JSON); the inverse of :meth:`to_config`.
+
+        Raises:
+          ConfigError: On a missing, unknown or ill-typed entry, naming the nearest valid one.
+        """
+        hints = field_types()
+        for key in config:
+            if key not in hints:
+                raise unknown("option", key, hints)
+        values: dict[str, Any] = {}
+        for key, hint in hints.items():
+            if key not in config:
+                raise ConfigError(f"the configuration has no '{key}'")
+            if key in CHOICES:
+                values[key] = registry.from_config(CHOICES[key], config[key], where=key)
+            else:
+                values[key] = registry.convert(config[key], hint, key)
+        return cls(**values)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return plain data that :meth:`from_config` reads."""
+        return {
+            f.name: registry.to_config(value)
+            if f.name in CHOICES
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for f in dataclasses.fields(self)
+            for value in [getattr(self, f.name)]
+        }
+
+    def replace(self, **changes: Any) -> Experiment:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def cohort(self, clients: int) -> int:
+        """Return how many of ``clients`` are sampled per round, at least 1."""
+        if isinstance(self.clients_per_round, int):
+            return min(self.clients_per_round, clients)
+        return max(1, round(self.clients_per_round * clients))
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    """Return every experiment option with its type."""
+    hints = typing.get_type_hints(Experiment)
+    return {f.name: hints[f.name] for f in dataclasses.fields(Experiment)}
+
+
+def _check(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{rule}, not {value}")

@@ -1,0 +1,132 @@
+"""What a run shows while it runs: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from fedq.experiment import Experiment
+from fedq.server import Observer
+
+LOG = logging.getLogger("fedq")
+
+
+def megabytes(count: int) -> str:
+    """Return bytes in decimal units.
+
+    >>> megabytes(1_234_567), megabytes(890), megabytes(45_600)
+    ('1.23 MB', '890 B', '45.6 kB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left by the mean of the rounds so far."""
+
+    def render(self, task: Task) -> Text:
+        done = int(task.completed) - int(task.fields.get("first", 0))
+        if done < 1 or task.total is None or task.elapsed is None:
+            return Text("-:--", style="progress.remaining")
+        left = task.elapsed / done * (task.total - task.completed)
+        return Text(f"{int(left) // 60}:{int(left) % 60:02d} left", style="progress.remaining")
+
+
+class _Totals:
+    """Running sums over a run's records."""
+
+    def __init__(self) -> None:
+        self.up = self.down = self.plain = 0
+        self.accuracy: float | None = None
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.up += record["uplink_bytes"]
+        self.down += record["downlink_bytes"]
+        self.plain += record["float32_uplink_bytes"] + record["float32_downlink_bytes"]
+        if record.get("accuracy") is not None:
+            self.accuracy = record["accuracy"]
+
+    def text(self) -> str:
+        accuracy = "   -  " if self.accuracy is None else f"{100 * self.accuracy:5.1f} %"
+        sent = self.up + self.down
+        ratio = f", {self.plain / sent:.1f}x below float32" if sent else ""
+        return f"accuracy {accuracy}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
+
+
+def _warn(record: Mapping[str, Any]) -> None:
+    lost = {kind: count for kind, count in record["rejected"].items() if count}
+    if lost:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
+        reasons = "; ".join(record["reasons"])
+        LOG.warning("round %d lost updates: %s (%s)", record["round"], counts, reasons)
+    if record.get("skipped"):
+        LOG.warning("round %d had no quorum; the model stays as it was", record["round"])
+
+
+def watch(console: Console) -> Any:
+    """Return a context-manager factory that shows one run's progress on ``console``."""
+
+    @contextmanager
+    def live(experiment: Experiment) -> Iterator[Observer]:
+        totals = _Totals()
+        with Progress(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("round {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[text]}"),
+            _TimeLeft(),
+            console=console,
+        ) as progress:
+            bar = progress.add_task(
+                experiment.name, total=experiment.rounds, text="starting clients", first=0
+            )
+
+            def observe(record: Mapping[str, Any]) -> None:
+                totals.add(record)
+                _warn(record)
+                progress.update(bar, completed=record["round"], text=totals.text())
+
+            yield observe
+
+    @contextmanager
+    def plain(experiment: Experiment) -> Iterator[Observer]:
+        totals, start, first = _Totals(), time.monotonic(), 0
+
+        def observe(record: Mapping[str, Any]) -> None:
+            totals.add(record)
+            _warn(record)
+            done = record["round"]
+            left = (time.monotonic() - start) / max(done - first, 1) * (experiment.rounds - done)
+            console.print(
+                f"{experiment.name}  round {done}/{experiment.rounds}  {totals.text()}"
+                + (f"  {left:.0f} s left" if 0 < done < experiment.rounds else ""),
+                soft_wrap=True,
+                highlight=False,
+            )
+
+        yield observe
+
+    return live if console.is_terminal else plain
+
+
+def log_to(console: Console) -> None:
+    """Send fedq's warnings to ``console``, above a live display."""
+    handler = RichHandler(
+        console=console, show_time=False, show_path=False, show_level=False, markup=False
+    )
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    LOG.handlers = [handler]
+    LOG.setLevel(logging.WARNING)
+    LOG.propagate = False
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = [handler]

@@ -1,0 +1,223 @@
+"""The server: an experiment over a grid, round by round, into a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fedq import registry
+from fedq.data.base import Dataset
+from fedq.errors import FedqError
+from fedq.experiment import Experiment
+from fedq.random import derive
+from fedq.results import RunDirectory, versions
+from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.training import Trainer, TrainingConfig, trainer_for
+
+# isort: split
+from flwr.serverapp import Grid
+
+#: Called with every record of rounds.jsonl as it is written.
+Observer = Callable[[Mapping[str, Any]], None]
+OPTIMIZER_PREFIX = "optimizer."
+TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))
+
+
+def run(
+    grid: Grid,
+    experiment: Experiment,
+    dataset: Dataset,
+    directory: RunDirectory,
+    *,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Run an experiment over any Flower grid and return its summary.
+
+    The test half of ``dataset`` judges the global model after each round: as deployed (quantized),
+    and as its float twin. Every round is written and checkpointed before the next begins.
+
+    Args:
+      grid: Where clients are; replies are best streamed, see :class:`fedq.engines.stream.StreamGrid`.
+      experiment: What to run.
+      dataset: Gives shapes and the test set; training rows stay with the clients.
+      directory: Where results go, locked by the caller; a checkpoint in it is continued.
+      observer: Sees each round's record.
+    """
+    server = _Server(grid, experiment, dataset, directory, observer)
+    state = server.resumed() if directory.has_checkpoint() else server.started()
+    while state.round < experiment.rounds:
+        state = server.next_round(state)
+    return server.finish(state)
+
+
+class _Server:
+    def __init__(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        dataset: Dataset,
+        directory: RunDirectory,
+        observer: Observer | None,
+    ) -> None:
+        self.grid, self.experiment, self.directory = grid, experiment, directory
+        self.observer = observer
+        model = registry.to_config(experiment.model)
+        quantization = registry.to_config(experiment.quantization)
+        shape, classes = list(dataset.input_shape), dataset.classes
+        self.trainer: Trainer = trainer_for(
+            model, quantization, shape, classes, seed=derive(experiment.seed, "model")
+        )
+        self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
+        self.strategy = FedQ(
+            layout=self.trainer.layout,
+            state_layout=self.trainer.state_layout,
+            codec=experiment.codec,
+            downlink=experiment.downlink,
+            aggregator=experiment.aggregator,
+            server_optimizer=experiment.server_optimizer,
+            clients_per_round=experiment.clients_per_round,
+            seed=experiment.seed,
+            task={
+                "model": model,
+                "quantization": quantization,
+                "input_shape": shape,
+                "classes": classes,
+                "training": {name: getattr(experiment, name) for name in TRAINING},
+            },
+            weighting=experiment.weighting,
+            max_examples=experiment.max_examples,
+            quorum=experiment.quorum,
+            deadline_s=experiment.round_deadline_s,
+        )
+
+    def started(self) -> ServerState:
+        """Return the state before round 1, judged and written as round 0."""
+        state = self.strategy.initial(self.trainer.weights(), self.trainer.state())
+        self.directory.truncate_rounds(after=-1)
+        self._write(state, RoundReport(0), self._judge(state))
+        return state
+
+    def resumed(self) -> ServerState:
+        """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
+        saved = self.directory.load_checkpoint()
+        layout, state_layout = self.trainer.layout, self.trainer.state_layout
+        fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
+        if saved.meta.get("layout") != fingerprint:
+            raise FedqError(
+                f"the checkpoint in {self.directory.path} is of another model than its config.yaml; "
+                "restore config.yaml, or start a new run"
+            )
+        self.directory.truncate_rounds(after=saved.round)
+        optimizer = {
+            name.removeprefix(OPTIMIZER_PREFIX): tensor
+            for name, tensor in saved.tensors.items()
+            if name.startswith(OPTIMIZER_PREFIX)
+        }
+        if self.observer is not None:
+            for record in self.directory.rounds():
+                self.observer(record)
+        return ServerState(
+            saved.round,
+            saved.tensors["weights"],
+            saved.tensors["state"],
+            optimizer,
+            int(saved.meta.get("failures", 0)),
+        )
+
+    def next_round(self, before: ServerState) -> ServerState:
+        """Run, judge and write one round."""
+        state, report = self.strategy.run_round(self.grid, before)
+        due = state.round % self.experiment.evaluate_every == 0
+        judged = self._judge(state) if due or state.round == self.experiment.rounds else {}
+        self._write(state, report, judged)
+        return state
+
+    def _judge(self, state: ServerState) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.trainer.load(state.weights, state.state)
+        deployed = self.trainer.evaluate(self.x_test, self.y_test)
+        twin = self.trainer.evaluate(self.x_test, self.y_test, float_twin=True)
+        return {
+            "accuracy": deployed.accuracy,
+            "float_accuracy": twin.accuracy,
+            "loss": deployed.loss,
+            "evaluation_seconds": time.perf_counter() - start,
+        }
+
+    def _write(self, state: ServerState, report: RoundReport, judged: dict[str, Any]) -> None:
+        record = {**dataclasses.asdict(report), "rejected": dict(report.rejected), **judged}
+        record["seconds"] += judged.get("evaluation_seconds", 0.0)
+        self.directory.append_round(record)
+        tensors = {"weights": state.weights, "state": state.state}
+        tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
+        layout, state_layout = self.trainer.layout, self.trainer.state_layout
+        meta = {
+            "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
+            "failures": state.failures,
+        }
+        self.directory.save_checkpoint(state.round, tensors, meta)
+        if self.observer is not None:
+            self.observer(record)
+
+    def finish(self, state: ServerState) -> dict[str, Any]:
+        """Write model and summary."""
+        tensors = self.trainer.layout.unflatten(state.weights)
+        tensors |= self.trainer.state_layout.unflatten(state.state)
+        digest = self.directory.save_model(tensors, self.strategy.task)
+        summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
+        summary["model_sha256"] = digest
+        self.directory.write_summary(summary)
+        return summary
+
+
+def summarise(
+    experiment: Experiment, parameters: int, rounds: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a run's summary from its rounds: sums of bytes that crossed, final accuracies."""
+    total = {
+        key: int(sum(record[key] for record in rounds))
+        for key in (
+            "uplink_bytes",
+            "downlink_bytes",
+            "float32_uplink_bytes",
+            "float32_downlink_bytes",
+            "replies",
+            "sampled",
+        )
+    }
+    rejected: dict[str, int] = {}
+    for record in rounds:
+        for reason, count in record["rejected"].items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    judged = [record for record in rounds if record.get("accuracy") is not None][-1]
+
+    def bits(direction: str, messages: str) -> float:
+        return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
+
+    return {
+        "name": experiment.name,
+        "accuracy": judged["accuracy"],
+        "float_accuracy": judged["float_accuracy"],
+        "best_accuracy": float(np.max([r["accuracy"] for r in rounds if r.get("accuracy")] or [0])),
+        "loss": judged["loss"],
+        "rounds": rounds[-1]["round"],
+        "clients": experiment.clients,
+        "parameters": parameters,
+        "uplink_bytes": total["uplink_bytes"],
+        "downlink_bytes": total["downlink_bytes"],
+        "uplink_bits_per_parameter": bits("uplink_bytes", "replies"),
+        "downlink_bits_per_parameter": bits("downlink_bytes", "sampled"),
+        "float32_uplink_bytes": total["float32_uplink_bytes"],
+        "float32_downlink_bytes": total["float32_downlink_bytes"],
+        "updates": total["replies"],
+        "rejected": rejected,
+        "seconds": sum(record["seconds"] for record in rounds),
+        "seed": experiment.seed,
+        "codec": str(experiment.codec),
+        "downlink": str(experiment.downlink),
+        "versions": versions(),
+    }

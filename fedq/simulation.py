@@ -1,0 +1,135 @@
+"""The main job: an experiment over simulated clients, with its float baseline beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq import config, registry, server
+from fedq.client import SimulatedSite, client_app
+from fedq.data.base import Dataset, load
+from fedq.experiment import DEFAULT_CLIENTS, Experiment
+from fedq.random import derive
+from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
+
+# isort: split
+from flwr.serverapp import Grid
+
+LOG = logging.getLogger("fedq")
+CLIENT_STATE = "clients"
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+#: Makes the observer of one run, for as long as the run lasts.
+Watch = Callable[[Experiment], AbstractContextManager[server.Observer | None]]
+
+
+def no_watch(experiment: Experiment) -> AbstractContextManager[None]:
+    """Watch nothing."""
+    return nullcontext()
+
+
+def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64]]:
+    """Return the training rows of each client, seeded.
+
+    Raises:
+      ConfigError: If the partition does not fit the data.
+    """
+    clients = experiment.clients
+    if clients is None:
+        natural = experiment.partition.name == "natural" and dataset.client_train is not None
+        clients = len(np.unique(dataset.client_train)) if natural else DEFAULT_CLIENTS
+    seed = derive(experiment.seed, "partition")
+    parts: list[NDArray[np.int64]] = experiment.partition.split(
+        dataset.y_train, clients, seed, dataset.client_train
+    )
+    return parts
+
+
+def make_site(
+    data: Mapping[str, Any],
+    plugins: tuple[str, ...],
+    parts: list[NDArray[np.int64]],
+    state_directory: Path,
+) -> SimulatedSite:
+    """Return the simulated clients' site; plain data in, so that it starts in any process."""
+    config.load_plugins(plugins)
+    return SimulatedSite(registry.from_config("data", data), parts, state_directory)
+
+
+def run_experiment(
+    experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
+) -> Outcome:
+    """Run one experiment into a directory, or continue the one that is there."""
+    dataset = load(experiment.data)
+    parts = partition(experiment, dataset)
+    filled = [part for part in parts if len(part)]
+    if len(filled) < len(parts):
+        # They are left out of the federation: to ask them would only lose places in the cohort.
+        LOG.warning(
+            "%d of %d clients have no data and take no part", len(parts) - len(filled), len(parts)
+        )
+    site = partial(
+        make_site,
+        registry.to_config(experiment.data),
+        tuple(experiment.plugins),
+        filled,
+        path.resolve() / CLIENT_STATE,
+    )
+    directory = (
+        RunDirectory.open(path, needs_checkpoint=False)
+        if resume
+        else RunDirectory.create(path, experiment.replace(run_dir=str(path)).to_config())
+    )
+    with directory, watch(experiment) as observer:
+
+        def serve(grid: Grid) -> dict[str, Any]:
+            return server.run(grid, experiment, dataset, directory, observer=observer)
+
+        summary = experiment.engine.run(serve, partial(client_app, site), len(filled))
+    return Outcome(path, summary)
+
+
+def simulate(
+    experiment: Experiment,
+    baseline: Experiment | None = None,
+    *,
+    resume: bool = False,
+    watch: Watch = no_watch,
+) -> list[Outcome]:
+    """Run an experiment and, beside it, a baseline in its sub-directory ``baseline/``.
+
+    Args:
+      experiment: What to run; its ``run_dir`` is where.
+      baseline: The same federation in float, or None.
+      resume: Continue what is in ``run_dir``; finished runs are not run again.
+      watch: Shows progress.
+    """
+    path = Path(experiment.run_dir or default_run_path())
+    outcomes = []
+    for which, where in ((experiment, path), (baseline, path / BASELINE)):
+        if which is None:
+            continue
+        begun = resume and holds_run(where)
+        summary = read_summary(where) if begun else None
+        if summary is not None and summary["rounds"] >= which.rounds:
+            outcomes.append(Outcome(where, summary))
+        else:
+            outcomes.append(run_experiment(which, where, resume=begun, watch=watch))
+    return outcomes

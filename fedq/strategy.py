@@ -1,0 +1,496 @@
+"""The one Flower strategy: quantized model down, quantized deltas up, any aggregator, any optimiser.
+
+Codec, aggregator and server optimiser are values. A round encodes the global model once, samples
+clients by seed, streams their replies into the aggregator as they arrive, and steps the optimiser.
+Whatever one client sends can only cost that client its own update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq import records, registry, wire
+from fedq.aggregators.base import Aggregator
+from fedq.aggregators.mean import Mean
+from fedq.codecs.base import Codec
+from fedq.codecs.identity import Identity
+from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.layout import Layout, Vector
+from fedq.optimizers.base import ServerOptimizer
+from fedq.optimizers.sgd import SGD
+from fedq.random import derive, generator
+
+# isort: split
+# After fedq.records, which sets what Flower reads at import.
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+#: A round without a quorum changes nothing; after this many in a row the run stops.
+PATIENCE = 3
+MAX_REASONS = 3
+#: Far beyond any sane update, and within what the exact sum of the mean can hold.
+MAX_ABSOLUTE = 2.0**14
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the next round depends on, and all that a checkpoint holds.
+
+    Attributes:
+      round: Rounds done.
+      weights: (d,) float32, the float master of the global model.
+      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics.
+      optimizer: The server optimiser's named arrays.
+      failures: Rounds in a row without a quorum.
+    """
+
+    round: int
+    weights: Vector
+    state: Vector
+    optimizer: Mapping[str, NDArray[np.float32]]
+    failures: int = 0
+
+
+@dataclass
+class RoundReport:
+    """What one round did. All sizes are lengths of bytes that crossed the grid."""
+
+    round: int
+    sampled: int = 0
+    replies: int = 0
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    float32_uplink_bytes: int = 0
+    float32_downlink_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    reasons: list[str] = field(default_factory=list)
+    train_loss: float | None = None
+    seconds: float = 0.0
+    skipped: bool = False
+
+    def reject(self, kind: str, reason: str) -> None:
+        """Count a lost update, and keep the first few reasons."""
+        self.rejected[kind] += 1
+        if len(self.reasons) < MAX_REASONS:
+            self.reasons.append(f"{kind}: {reason}"[:200])
+
+
+class Rejected(Exception):
+    """A reply that does not count; the kind is what is counted."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's accepted contribution."""
+
+    delta: Vector
+    state: Vector
+    weight: float
+    loss: float | None
+
+
+class FedQ(Strategy):
+    """Federated optimisation with encoded updates (FedOpt, Reddi et al. 2021, algorithm 1).
+
+    Per round t, with global weights w and cohort S_t::
+
+        every client in S_t:  w^ = decode(downlink(w));  train from w^ to w_i;  send codec(w_i - w^)
+        server:               w <- optimizer(w, aggregator(decoded deltas, weights))
+
+    The server keeps w in float32, so what the downlink rounds away in one round is not lost.
+
+    Args:
+      layout: Names and shapes of the trained tensors.
+      state_layout: Names and shapes of what is averaged but not trained.
+      codec: How clients encode deltas; named to them in each message.
+      downlink: How the global model is encoded.
+      aggregator: Combines deltas; the mean streams, so that memory does not grow with clients.
+      server_optimizer: Applies the aggregate as a pseudo-gradient; SGD with rate 1 is FedAvg.
+      clients_per_round: A count (int) or a fraction of the connected nodes (float).
+      seed: Decides sampling and everything that clients draw.
+      task: JSON-ready metadata for the clients (model, training, ...), sent with the weights.
+      weighting: ``"examples"`` or ``"uniform"``.
+      max_examples: A client's claim of examples is clamped to this.
+      quorum: Fraction of the cohort that must be accepted for the round to count.
+      deadline_s: Seconds after which the round closes with the replies at hand.
+
+    Example:
+      >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
+      >>> strategy.initial(np.zeros(10, np.float32)).round
+      0
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        codec: Codec,
+        state_layout: Layout | None = None,
+        downlink: Codec | None = None,
+        aggregator: Aggregator | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        clients_per_round: int | float = 1.0,
+        seed: int = 0,
+        task: Mapping[str, Any] | None = None,
+        weighting: str = "examples",
+        max_examples: int = 10_000,
+        quorum: float = 0.5,
+        deadline_s: float | None = None,
+    ) -> None:
+        self.layout = layout
+        self.state_layout = state_layout or Layout((), ())
+        self.codec = codec
+        self.downlink = downlink or Identity()
+        self.aggregator = aggregator or Mean()
+        self.server_optimizer = server_optimizer or SGD()
+        self.clients_per_round = clients_per_round
+        self.seed = seed
+        self.task = dict(task or {})
+        self.weighting = weighting
+        self.max_examples = max_examples
+        self.quorum = quorum
+        self.deadline_s = deadline_s
+        self._nodes: tuple[object, list[int]] | None = None
+        self._round: _Round | None = None
+        self._state: ServerState | None = None
+
+    # --- one round ---------------------------------------------------------------------------
+
+    def initial(self, weights: Vector, state: Vector | None = None) -> ServerState:
+        """Return the state before the first round."""
+        if state is None:
+            state = np.zeros(self.state_layout.size, np.float32)
+        return ServerState(0, weights, state, self.server_optimizer.init(self.layout.size))
+
+    def run_round(self, grid: Grid, before: ServerState) -> tuple[ServerState, RoundReport]:
+        """Run the next round; a pure function of the state, the seed and the replies.
+
+        Raises:
+          ConfigError: If the grid has no nodes.
+          FedqError: If several rounds in a row found no quorum, or the model diverged.
+        """
+        current = self._begin(grid, before)
+        replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
+        return self._finish(current, replies), current.report
+
+    def _begin(self, grid: Grid, before: ServerState) -> _Round:
+        start = time.perf_counter()
+        report = RoundReport(before.round + 1)
+        nodes = self.sample(grid, report.round)
+        blob = self._blob(before, self.downlink)
+        report.sampled = len(nodes)
+        report.downlink_bytes = len(blob) * len(nodes)
+        # The yardstick is a real message too: the same one with nothing compressed.
+        report.float32_downlink_bytes = len(self._blob(before, Identity())) * len(nodes)
+        content = records.pack(blob)
+        messages = [
+            Message(content, node, MessageType.TRAIN, group_id=str(report.round)) for node in nodes
+        ]
+        slots = {node: slot for slot, node in enumerate(nodes)}
+        return _Round(before, report, messages, slots, start)
+
+    def _needed(self, sampled: int) -> int:
+        return max(1, int(np.ceil(self.quorum * sampled)))
+
+    def sample(self, grid: Grid, server_round: int) -> list[int]:
+        """Return the nodes of a round's cohort: seeded, without replacement.
+
+        Nodes are ordered by the time they registered, so that a simulated node's place is its
+        partition whatever identifiers the grid gives out.
+        """
+        ids = grid.get_node_ids()
+        if not isinstance(ids, range):
+            ids = frozenset(ids)
+        if self._nodes is None or self._nodes[0] != ids:
+            infos = grid.get_nodes()
+            ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
+            self._nodes = (ids, [node.node_id for node in ordered])
+        nodes = self._nodes[1]
+        if not nodes:
+            raise ConfigError("no client is connected; start clients before the server runs")
+        wanted = self.clients_per_round
+        count = (
+            min(wanted, len(nodes))
+            if isinstance(wanted, int)
+            else max(1, round(wanted * len(nodes)))
+        )
+        rng = generator(derive(self.seed, server_round, "sample"))
+        chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
+        return [nodes[i] for i in sorted(chosen)]
+
+    def _blob(self, before: ServerState, downlink: Codec) -> bytes:
+        server_round = before.round + 1
+        metadata = {
+            **self.task,
+            "round": server_round,
+            "seed": self.seed,
+            "codec": registry.to_config(self.codec),
+        }
+        seed = derive(self.seed, server_round, "downlink")
+        model = downlink.encode(before.weights, self.layout, seed)
+        state = Identity().encode(before.state, self.state_layout)
+        return wire.seal(wire.Envelope(metadata, [model, state]))
+
+    def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
+        before, report = current.before, current.report
+        combine = (
+            _Streamed(self.aggregator, self.layout.size)
+            if (self.aggregator.streaming)
+            else _Collected(self.aggregator)
+        )
+        states = _Streamed(Mean(), self.state_layout.size)
+        float32_bytes = len(self._reply_yardstick(before))
+        losses: list[tuple[float, float]] = []
+        for reply in replies:
+            try:
+                slot, update = self._open(reply, current, float32_bytes)
+            except Rejected as error:
+                report.reject(error.kind, str(error))
+                continue
+            combine.add(slot, update.delta, update.weight)
+            states.add(slot, update.state, update.weight)
+            report.replies += 1
+            if update.loss is not None:
+                losses.append((update.loss, update.weight))
+        if current.waiting:
+            report.rejected["no reply"] += len(current.waiting)
+        if losses:  # fsum is exact: the order of replies does not matter
+            total = math.fsum(weight for _, weight in losses)
+            report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
+        after = self._step(current, combine, states)
+        report.seconds = time.perf_counter() - current.start
+        if after.failures >= PATIENCE:
+            why = report.reasons[0] if report.reasons else "no reply before the deadline"
+            raise FedqError(
+                f"{PATIENCE} rounds in a row had fewer than {self._needed(report.sampled)} usable "
+                f"updates of {report.sampled}; in the last one: {why}"
+            )
+        return after
+
+    def _step(
+        self, current: _Round, combine: _Streamed | _Collected, states: _Streamed
+    ) -> ServerState:
+        before, report = current.before, current.report
+        same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
+        if report.replies < self._needed(report.sampled):
+            report.skipped = True
+            return same
+        try:
+            delta = combine.result()
+        except ConfigError as error:  # e.g. too few updates for a robust rule
+            report.skipped = True
+            report.reject("aggregator", str(error))
+            return same
+        weights, optimizer = self.server_optimizer.step(
+            before.weights, delta, dict(before.optimizer)
+        )
+        if not np.isfinite(weights).all():
+            raise FedqError(
+                f"the global model is no longer finite after round {report.round}; "
+                "lower learning_rate or the server optimiser's rate"
+            )
+        return ServerState(report.round, weights, states.result(), optimizer)
+
+    def _reply_yardstick(self, before: ServerState) -> bytes:
+        delta = Identity().encode(before.weights, self.layout)
+        state = Identity().encode(before.state, self.state_layout)
+        metadata = {"round": before.round + 1, "examples": 100, "loss": 0.123456}
+        return wire.seal(wire.Envelope(metadata, [delta, state]))
+
+    def _open(self, reply: Message, current: _Round, float32_bytes: int) -> tuple[int, Update]:
+        """Check one reply and decode it; every way it can be unusable is a :class:`Rejected`."""
+        report, waiting = current.report, current.waiting
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            # Flower answers for an unreachable node in its own name, so the node may be unknown.
+            waiting.pop(node, None)
+            raise Rejected("error", str(reply.error.reason))
+        if node not in waiting:
+            raise Rejected("unexpected", f"node {node} was not asked, or answered twice")
+        slot = waiting.pop(node)
+        try:
+            blob = records.unpack(reply.content)
+            report.uplink_bytes += len(blob)
+            report.float32_uplink_bytes += float32_bytes
+            message = wire.unseal(blob)
+        except DecodeError as error:
+            raise Rejected("malformed", str(error)) from None
+        metadata = message.metadata
+        if metadata.get("round") != report.round:
+            raise Rejected("stale", f"update of round {metadata.get('round')!r}")
+        if "dropped" in metadata:
+            raise Rejected("dropped", str(metadata["dropped"]))
+        examples, loss = metadata.get("examples"), metadata.get("loss")
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+            raise Rejected("malformed", f"claims {examples!r} examples")
+        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
+            raise Rejected("malformed", f"claims a loss of {loss!r}")
+        if len(message.parts) != 2:
+            raise Rejected("malformed", f"{len(message.parts)} parts instead of 2")
+        try:
+            delta = self.codec.decode(message.parts[0], self.layout)
+            state = Identity().decode(message.parts[1], self.state_layout)
+        except DecodeError as error:
+            raise Rejected("malformed", str(error)) from None
+        for values in (delta, state):
+            if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
+                raise Rejected("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
+        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
+        return slot, Update(delta, state, weight, None if loss is None else float(loss))
+
+    # --- Flower's interface ------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return a round's messages (Flower's hook; :meth:`run_round` is the whole round)."""
+        weights = self.layout.flatten(_numpy(arrays))
+        before = self._state or self.initial(weights)
+        self.task.update(config)
+        self._round = self._begin(
+            grid, dataclasses.replace(before, round=server_round - 1, weights=weights)
+        )
+        return self._round.messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate a round's replies (Flower's hook); no arrays without a quorum."""
+        if self._round is None:
+            raise ConfigError("aggregate_train follows configure_train")
+        self._state = self._finish(self._round, replies)
+        report = self._round.report
+        return None if report.skipped else self._arrays(self._state), _metrics(report)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return nothing: clients report their loss with their update, in one message."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing: see :meth:`configure_evaluate`."""
+        return None
+
+    def summary(self) -> None:
+        """Log what crosses the wire."""
+        log(INFO, "\t├──> uplink %s, downlink %s", self.codec, self.downlink)
+        log(INFO, "\t└──> %s, %s", self.aggregator, self.server_optimizer)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run rounds as Flower's own strategies do, for use in any ServerApp.
+
+        ``timeout`` is the round deadline unless the strategy has its own; ``train_config`` goes to
+        the clients as metadata.
+        """
+        self.summary()
+        self.deadline_s = self.deadline_s or timeout
+        self.task.update(train_config or {})
+        state = self.initial(self.layout.flatten(_numpy(initial_arrays)))
+        result = Result()
+        while state.round < num_rounds:
+            state, report = self.run_round(grid, state)
+            if report.rejected:
+                log(WARNING, "round %d: %s", report.round, "; ".join(report.reasons))
+            result.arrays = self._arrays(state)
+            result.train_metrics_clientapp[report.round] = _metrics(report)
+            if evaluate_fn is not None:
+                metrics = evaluate_fn(report.round, result.arrays)
+                if metrics is not None:
+                    result.evaluate_metrics_serverapp[report.round] = metrics
+        return result
+
+    def _arrays(self, state: ServerState) -> ArrayRecord:
+        named = self.layout.unflatten(state.weights)
+        return ArrayRecord({name: Array(array) for name, array in named.items()})
+
+
+@dataclass
+class _Round:
+    """A round under way."""
+
+    before: ServerState
+    report: RoundReport
+    messages: list[Message]
+    waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
+    start: float
+
+
+class _Streamed:
+    """Updates added as they arrive; the sum is exact, so that their order does not matter."""
+
+    def __init__(self, aggregator: Aggregator, d: int) -> None:
+        self._stream = aggregator.stream(d)
+
+    def add(self, slot: int, update: Vector, weight: float) -> None:
+        self._stream.add(update, weight)
+
+    def result(self) -> Vector:
+        return self._stream.result()
+
+
+class _Collected:
+    """Updates kept for a rule that compares them, in the order of the cohort."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self._aggregator = aggregator
+        self._rows: list[tuple[int, Vector, float]] = []
+
+    def add(self, slot: int, update: Vector, weight: float) -> None:
+        self._rows.append((slot, update, weight))
+
+    def result(self) -> Vector:
+        rows = sorted(self._rows, key=lambda row: row[0])
+        return self._aggregator(
+            np.stack([update for _, update, _ in rows]), np.array([weight for *_, weight in rows])
+        )
+
+
+def _numpy(arrays: ArrayRecord) -> dict[str, NDArray[Any]]:
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def _metrics(report: RoundReport) -> MetricRecord:
+    metrics: dict[str, int | float] = {
+        "uplink-bytes": report.uplink_bytes,
+        "downlink-bytes": report.downlink_bytes,
+        "replies": report.replies,
+        "rejected": report.rejected.total(),
+    }
+    if report.train_loss is not None:
+        metrics["train-loss"] = report.train_loss
+    return MetricRecord(metrics)
