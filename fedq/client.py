@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fedq.training import Trainer
 
 EMPTY = Layout((), ())
+#: What of a request's metadata decides the model.
+MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class SimulatedSite:
     """
 
     data: Any
-    parts: list[NDArray[np.int64]]
+    parts: Mapping[int, NDArray[np.int64]]
     state_directory: Path
 
     def identity(self, context: Context) -> int:
@@ -235,9 +237,7 @@ class Client:
         from fedq.training import trainer_for
 
         try:
-            spec = {
-                key: metadata[key] for key in ("model", "quantization", "input_shape", "classes")
-            }
+            spec = {key: metadata[key] for key in MODEL_KEYS}
         except KeyError as error:
             raise FedqError(f"the request names no {error}; client and server differ") from None
         key = json.dumps(spec, sort_keys=True)

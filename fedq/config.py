@@ -32,7 +32,7 @@ RESUMABLE = {"rounds", "engine", "baseline", "round_deadline_s"}
 
 
 def conf_directory() -> Path:
-    """Return the directory of choices: package data in a wheel, beside the package in a checkout."""
+    """Return the choices' directory: in the package (wheel) or beside it (checkout)."""
     package = Path(__file__).resolve().parent
     for candidate in (package / "conf", package.parent / "conf"):
         if (candidate / "config.yaml").is_file():

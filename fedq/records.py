@@ -1,8 +1,8 @@
 """One blob of bytes <-> one Flower record: the only place where fedq's bytes meet Flower's types.
 
 Flower sends each record, array and chunk of a message as a request of its own with about 0.8 kB of
-headers, so a message carries one blob. Arrays are sent in chunks and config records are not: a large
-blob on a slow uplink must be an array, a small one is cheaper as a config record.
+headers, so a message carries one blob. Arrays are sent in chunks and config records are not: a
+large blob on a slow uplink must be an array, a small one is cheaper as a config record.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def run(
     and as its float twin. Every round is written and checkpointed before the next begins.
 
     Args:
-      grid: Where clients are; replies are best streamed, see :class:`fedq.engines.stream.StreamGrid`.
+      grid: Where clients are; :class:`fedq.engines.stream.StreamGrid` makes any of them stream.
       experiment: What to run.
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
@@ -108,8 +108,8 @@ class _Server:
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
         if saved.meta.get("layout") != fingerprint:
             raise FedqError(
-                f"the checkpoint in {self.directory.path} is of another model than its config.yaml; "
-                "restore config.yaml, or start a new run"
+                f"the checkpoint in {self.directory.path} is of another model than its "
+                "config.yaml; restore config.yaml, or start a new run"
             )
         self.directory.truncate_rounds(after=saved.round)
         optimizer = {

@@ -53,8 +53,8 @@ def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64
     """
     clients = experiment.clients
     if clients is None:
-        natural = experiment.partition.name == "natural" and dataset.client_train is not None
-        clients = len(np.unique(dataset.client_train)) if natural else DEFAULT_CLIENTS
+        ids = dataset.client_train if experiment.partition.name == "natural" else None
+        clients = DEFAULT_CLIENTS if ids is None else len(np.unique(ids))
     seed = derive(experiment.seed, "partition")
     parts: list[NDArray[np.int64]] = experiment.partition.split(
         dataset.y_train, clients, seed, dataset.client_train
@@ -70,7 +70,8 @@ def make_site(
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
-    return SimulatedSite(registry.from_config("data", data), parts, state_directory)
+    rows = dict(enumerate(parts))
+    return SimulatedSite(registry.from_config("data", data), rows, state_directory)
 
 
 def run_experiment(
@@ -82,9 +83,8 @@ def run_experiment(
     filled = [part for part in parts if len(part)]
     if len(filled) < len(parts):
         # They are left out of the federation: to ask them would only lose places in the cohort.
-        LOG.warning(
-            "%d of %d clients have no data and take no part", len(parts) - len(filled), len(parts)
-        )
+        empty = len(parts) - len(filled)
+        LOG.warning("%d of %d clients have no data and take no part", empty, len(parts))
     site = partial(
         make_site,
         registry.to_config(experiment.data),

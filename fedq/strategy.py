@@ -1,4 +1,4 @@
-"""The one Flower strategy: quantized model down, quantized deltas up, any aggregator, any optimiser.
+"""The one Flower strategy: quantized model down, quantized deltas up.
 
 Codec, aggregator and server optimiser are values. A round encodes the global model once, samples
 clients by seed, streams their replies into the aggregator as they arrive, and steps the optimiser.
@@ -94,7 +94,7 @@ class RoundReport:
             self.reasons.append(f"{kind}: {reason}"[:200])
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """A reply that does not count; the kind is what is counted."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -267,7 +267,7 @@ class FedQ(Strategy):
         for reply in replies:
             try:
                 slot, update = self._open(reply, current, float32_bytes)
-            except Rejected as error:
+            except RejectedError as error:
                 report.reject(error.kind, str(error))
                 continue
             combine.add(slot, update.delta, update.weight)
@@ -321,15 +321,15 @@ class FedQ(Strategy):
         return wire.seal(wire.Envelope(metadata, [delta, state]))
 
     def _open(self, reply: Message, current: _Round, float32_bytes: int) -> tuple[int, Update]:
-        """Check one reply and decode it; every way it can be unusable is a :class:`Rejected`."""
+        """Check one reply and decode it; every way it can be unusable is a :class:`RejectedError`."""
         report, waiting = current.report, current.waiting
         node = reply.metadata.src_node_id
         if reply.has_error():
             # Flower answers for an unreachable node in its own name, so the node may be unknown.
             waiting.pop(node, None)
-            raise Rejected("error", str(reply.error.reason))
+            raise RejectedError("error", str(reply.error.reason))
         if node not in waiting:
-            raise Rejected("unexpected", f"node {node} was not asked, or answered twice")
+            raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
         slot = waiting.pop(node)
         try:
             blob = records.unpack(reply.content)
@@ -337,27 +337,27 @@ class FedQ(Strategy):
             report.float32_uplink_bytes += float32_bytes
             message = wire.unseal(blob)
         except DecodeError as error:
-            raise Rejected("malformed", str(error)) from None
+            raise RejectedError("malformed", str(error)) from None
         metadata = message.metadata
         if metadata.get("round") != report.round:
-            raise Rejected("stale", f"update of round {metadata.get('round')!r}")
+            raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
         if "dropped" in metadata:
-            raise Rejected("dropped", str(metadata["dropped"]))
+            raise RejectedError("dropped", str(metadata["dropped"]))
         examples, loss = metadata.get("examples"), metadata.get("loss")
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise Rejected("malformed", f"claims {examples!r} examples")
+            raise RejectedError("malformed", f"claims {examples!r} examples")
         if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
-            raise Rejected("malformed", f"claims a loss of {loss!r}")
+            raise RejectedError("malformed", f"claims a loss of {loss!r}")
         if len(message.parts) != 2:
-            raise Rejected("malformed", f"{len(message.parts)} parts instead of 2")
+            raise RejectedError("malformed", f"{len(message.parts)} parts instead of 2")
         try:
             delta = self.codec.decode(message.parts[0], self.layout)
             state = Identity().decode(message.parts[1], self.state_layout)
         except DecodeError as error:
-            raise Rejected("malformed", str(error)) from None
+            raise RejectedError("malformed", str(error)) from None
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
-                raise Rejected("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
+                raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
         return slot, Update(delta, state, weight, None if loss is None else float(loss))
 
@@ -485,7 +485,7 @@ def _numpy(arrays: ArrayRecord) -> dict[str, NDArray[Any]]:
 
 
 def _metrics(report: RoundReport) -> MetricRecord:
-    metrics: dict[str, int | float] = {
+    metrics: dict[str, int | float | list[int] | list[float]] = {
         "uplink-bytes": report.uplink_bytes,
         "downlink-bytes": report.downlink_bytes,
         "replies": report.replies,

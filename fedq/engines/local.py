@@ -1,11 +1,11 @@
 """The default engine: a Flower Grid over persistent worker processes on this machine.
 
-Goals: the cost of a client update is its training; memory does not grow with clients; a client that
-raises, hangs or dies costs its own reply only. Workers are forked once, after the data is loaded, so
-they share it. What the server sends is written once into memory that all workers map; a job is
-(node, offset, length), and a reply comes back through a pipe. Two jobs are queued per worker, so that
-none waits for the server. Replies stream in order of completion: the strategy's sum does not depend
-on it.
+Goals: the cost of a client update is its training; memory does not grow with clients; a client
+that raises, hangs or dies costs its own reply only. Workers are forked once, after the data is
+loaded, so they share it. What the server sends is written once into memory that all workers map; a
+job is (node, offset, length), and a reply comes back through a pipe. Two jobs are queued per
+worker, so that none waits for the server. Replies stream in order of completion: the strategy's sum
+does not depend on it.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class LocalGrid(Grid):
 
     def _feed(self, jobs: deque[_Job]) -> None:
         for depth in range(1, QUEUED_PER_WORKER + 1):
-            for i, worker in enumerate(self._workers):
+            for worker in self._workers:
                 if not jobs or len(worker.queue) >= depth:
                     continue
                 job = jobs.popleft()
@@ -382,8 +382,6 @@ def _work(
             content = reply.content if reply.has_content() else None
             reason = str(reply.error.reason) if reply.has_error() else None
         except Exception as error:
-            named = (
-                str(error) if isinstance(error, FedqError) else f"{type(error).__name__}: {error}"
-            )
-            reason = named
+            own = isinstance(error, FedqError)
+            reason = str(error) if own else f"{type(error).__name__}: {error}"
         pipe.send((number, content, reason, context.state if len(context.state) else None))
