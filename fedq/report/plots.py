@@ -25,6 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FLOAT_COLOUR, TEXT_COLOUR, FAINT = "#4D4D4D", "#262626", "#8C8C8C"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _INCHES, _DPI = (8.0, 5.0), 200
+_SUBTITLE = 110  # characters that fit under the title
 _GAP = 5.0  # points between a line's end and its label
 
 
@@ -69,11 +70,11 @@ def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) ->
         axes.plot(line.x, line.y, label=line.label, solid_capstyle="round", **line.style)
         axes.plot(line.x[-1:], line.y[-1:], "o", color=line.style["color"], markersize=5, zorder=4)
     taken = _label_ends(axes, lines)
+    _compare(axes, runs, lines, taken)
     if not taken:
         legend = axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="white")
         for text in legend.get_texts():
             text.set_parse_math(False)
-    _compare(axes, runs, lines, taken)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png", metadata={"Software": None})
@@ -125,13 +126,13 @@ def _frame(figure: Figure, axes: Axes, runs: Sequence[Run], lines: Sequence[_Lin
     axes.set_xlim(low / 1.25, max(high, 4 * low) * 1.25)
     bottom, top = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
     room = max(top - bottom, 5.0)
-    axes.set_ylim(max(top - 1.04 * room, 0), top + 0.12 * room)
+    axes.set_ylim(max(top - 1.04 * room, 0), top + 0.17 * room)
     decades = math.log10(high / low)
     subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0, 3.0) if decades < 4.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if y <= 100 else ""))
     axes.set_xlabel("uplink + downlink bytes of all clients so far", fontsize=10.5, labelpad=6)
     axes.grid(True, which="major", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -158,7 +159,8 @@ def subtitle(runs: Sequence[Run]) -> str:
         parts.append(f"{clients} clients, {common('partition')}".rstrip(", "))
     if len({run.codec for run in compressed}) == 1:
         parts.append(run.codec)
-    return " \N{MIDDLE DOT} ".join(part for part in parts if part)
+    text = " \N{MIDDLE DOT} ".join(part for part in parts if part)
+    return text if len(text) <= _SUBTITLE else text[: _SUBTITLE - 1] + "…"
 
 
 def _name(choice: object) -> object:
@@ -247,12 +249,12 @@ def _free(axes: Axes, box: Bbox, lines: Sequence[_Line], taken: Sequence[Bbox]) 
     """Whether a text's box, in pixels, is inside the axes and touches no line and no text."""
     from matplotlib.path import Path as Polyline
 
-    frame = axes.get_window_extent()
+    frame = axes.get_window_extent()  # a label may reach into the margin below the subtitle
     return (
         frame.x0 <= box.x0
         and box.x1 <= frame.x1
         and frame.y0 <= box.y0
-        and box.y1 <= frame.y1
+        and box.y1 <= frame.y1 + 0.02 * frame.height
         and not any(box.overlaps(other) for other in taken)
         and not any(
             Polyline(
