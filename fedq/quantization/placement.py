@@ -131,6 +131,8 @@ def place(
     """
     if any(isinstance(module, PreparedModel) for module in model.modules()):
         raise ConfigError("the model is already prepared for quantization")
+    if type(model) in _QUANTIZED:
+        raise ConfigError("the model is a single layer; put it into an nn.Sequential")
     tree = _shallow_copy(model)
     try:
         graph = fx.Tracer().trace(tree)

@@ -1,0 +1,434 @@
+"""Laws of every registered quantization, and of the fake quantizers that they place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import fedq
+from fedq.errors import ConfigError
+from fedq.models import create
+from fedq.quantization import float_twin
+from fedq.quantization.fake import ActivationQuantizer, UniformWeight
+from fedq.registry import from_config, table, to_config
+
+CASES = [
+    (name, options)
+    for name, cls in table("quantization").items()
+    for options in cls.examples  # type: ignore[attr-defined]
+]
+
+
+class Residual(nn.Module):
+    """What users bring: batch norm, a skip, functional calls, nesting, a scale and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.unused = nn.Linear(2, 2)
+        self.block = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)])
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.stem(x))
+        y = self.block[1](self.block[0](x)) * self.gain
+        x = torch.relu(x + y) * torch.tensor([0.5])
+        x = nn.functional.max_pool2d(x, 2).mean((2, 3))
+        return self.head(x.view(x.size(0), -1))
+
+
+NETWORKS: dict[str, tuple[int, ...]] = {
+    "residual": (1, 8, 8),
+    "small_cnn": (2, 8, 8),
+    "imu_cnn": (3, 16),
+    "mlp": (12,),
+}
+
+
+def _network(name: str) -> nn.Module:
+    if name == "residual":
+        torch.manual_seed(0)
+        return Residual()
+    options = {} if name == "mlp" else {"width": 4}
+    return create(fedq.build("model", name, **options), NETWORKS[name], 3, seed=0)
+
+
+def _batch(name: str, n: int = 5) -> Tensor:
+    return torch.randn(n, *NETWORKS[name], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+class TestLaws:
+    def test_configuration_round_trips(self, name: str, options: dict[str, Any]) -> None:
+        quantization = fedq.build("quantization", name, **options)
+        assert from_config("quantization", to_config(quantization)) == quantization
+
+    def test_parameters_are_the_float_networks_own(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        model = _network(network)
+        prepared = fedq.build("quantization", name, **options).prepare(model)
+        own = dict(model.named_parameters())
+        kept = {n: p for n, p in prepared.named_parameters() if n in own}
+        assert list(kept) == list(own)
+        assert all(kept[n] is own[n] for n in own)
+        assert model.state_dict().keys() <= prepared.state_dict().keys()
+
+    def test_the_float_network_is_not_changed(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        model, x = _network(network), _batch(network)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        modules, attributes = [type(m) for m in model.modules()], set(vars(model))
+        logits = model.eval()(x)
+        prepared = fedq.build("quantization", name, **options).prepare(model)
+        prepared(x)
+        assert [type(m) for m in model.modules()] == modules
+        assert set(vars(model)) == attributes
+        assert model.state_dict().keys() == before.keys()
+        assert torch.equal(model(x), logits)
+
+    def test_state_is_float32_finite_and_of_fixed_shape(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        model = _network(network)
+        prepared = fedq.build("quantization", name, **options).prepare(model)
+        fresh = {k: v.clone() for k, v in prepared.state_dict().items()}
+        assert all(torch.isfinite(v).all() for v in fresh.values())
+        assert {v.dtype for k, v in fresh.items() if k not in model.state_dict()} <= {torch.float32}
+        prepared.train()(_batch(network)).sum().backward()
+        after = prepared.state_dict()
+        assert list(after) == list(fresh)
+        assert [v.shape for v in after.values()] == [v.shape for v in fresh.values()]
+        assert [v.dtype for v in after.values()] == [v.dtype for v in fresh.values()]
+        prepared.load_state_dict(fresh, strict=True)
+
+    def test_the_float_twin_is_exact(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        model, x = _network(network), _batch(network)
+        prepared = fedq.build("quantization", name, **options).prepare(model)
+        prepared.train()(x)
+        prepared.eval()
+        model.eval()
+        quantized = prepared(x)
+        with float_twin(prepared) as twin:
+            assert torch.equal(twin(x), model(x))
+        assert torch.equal(prepared(x), quantized)
+        assert name == "none" or not torch.equal(quantized, model(x))
+
+    def test_evaluation_changes_no_state(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        prepared = fedq.build("quantization", name, **options).prepare(_network(network))
+        prepared.train()(_batch(network))
+        before = {k: v.clone() for k, v in prepared.state_dict().items()}
+        prepared.eval()(100 * _batch(network))
+        with float_twin(prepared):
+            prepared(100 * _batch(network))
+        assert all(torch.equal(v, before[k]) for k, v in prepared.state_dict().items())
+
+    def test_every_used_parameter_gets_a_finite_gradient(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        prepared = fedq.build("quantization", name, **options).prepare(_network(network))
+        prepared.train()(_batch(network, 32)).square().sum().backward()
+        for key, parameter in prepared.named_parameters():
+            if not key.startswith("unused"):
+                assert parameter.grad is not None, key
+                assert torch.isfinite(parameter.grad).all(), key
+                assert parameter.grad.any(), key
+
+    def test_a_deep_copy_stands_alone(
+        self, name: str, options: dict[str, Any], network: str
+    ) -> None:
+        prepared, x = (
+            fedq.build("quantization", name, **options).prepare(_network(network)),
+            _batch(network),
+        )
+        prepared.train()(x)
+        twin = copy.deepcopy(prepared).eval()
+        logits = twin(x)
+        with torch.no_grad():
+            for parameter in prepared.parameters():
+                parameter.zero_()
+        assert torch.equal(twin(x), logits)
+        assert not logits.equal(prepared.eval()(x))
+
+
+# --- uniform: placement -----------------------------------------------------------------------
+
+
+def _placed(prepared: nn.Module) -> list[str]:
+    return [n for n, m in prepared.named_modules() if isinstance(m, ActivationQuantizer)]
+
+
+def test_activations_are_quantized_once_per_fused_chain() -> None:
+    uniform = fedq.build("quantization", "uniform")
+    assert _placed(uniform.prepare(_network("small_cnn"))) == [
+        f"activation_quantizers.{n}" for n in ("input", "pool1", "pool2", "relu3", "fc2")
+    ]
+    assert _placed(uniform.prepare(_network("residual"))) == [
+        f"activation_quantizers.{n}"
+        for n in ("input", "relu", "block_1", "mul", "relu_1", "max_pool2d", "mean", "head")
+    ]
+
+
+def test_float_activations_place_no_quantizer_and_no_state() -> None:
+    model = _network("small_cnn")
+    prepared = fedq.build("quantization", "uniform", activation_bits=0).prepare(model)
+    assert _placed(prepared) == []
+    assert list(prepared.state_dict()) == list(model.state_dict())
+
+
+def test_first_and_last_layers_keep_their_own_bits() -> None:
+    model = create(fedq.build("model", "mlp", hidden=(8, 8)), (4,), 3)
+    prepared = fedq.build(
+        "quantization", "uniform", weight_bits=3, activation_bits=5, first_last_bits=7
+    ).prepare(model)
+    weights = [m.bits for m in prepared.modules() if isinstance(m, UniformWeight)]
+    activations = [m.bits for m in prepared.modules() if isinstance(m, ActivationQuantizer)]
+    assert weights == [7, 3, 7]
+    assert activations == [8, 5, 5, 8]
+
+
+def test_quantizing_after_max_pooling_equals_quantizing_before() -> None:
+    model, x = _network("small_cnn"), _batch("small_cnn")
+    prepared = fedq.build("quantization", "uniform", activation_bits=4).prepare(model)
+    prepared.train()(x)
+    prepared.eval()
+    get = prepared.get_submodule
+    quantizer = {n: get(f"activation_quantizers.{n}") for n in ("input", "pool1", "pool2")}
+    h = quantizer["input"](x)
+    for conv, pool in (("conv1", "pool1"), ("conv2", "pool2")):
+        h = nn.functional.max_pool2d(quantizer[pool](get(conv)(h).relu()), 2)
+    h = get("activation_quantizers.relu3")(get("fc1")(h.flatten(1)).relu())
+    assert torch.equal(get("activation_quantizers.fc2")(get("fc2")(h)), prepared(x))
+
+
+def test_shape_arithmetic_is_not_quantized() -> None:
+    class Reshapes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.reshape(x.shape[0] * 2, x.shape[1] // 2)).reshape(x.size(0), -1)
+
+    prepared = fedq.build("quantization", "uniform").prepare(Reshapes())
+    assert _placed(prepared) == ["activation_quantizers.input", "activation_quantizers.fc"]
+    assert prepared(torch.rand(3, 8)).shape == (3, 4)
+
+
+def test_the_graph_is_there_for_exporters() -> None:
+    prepared = fedq.build("quantization", "uniform").prepare(_network("residual"))
+    x = _batch("residual")
+    prepared.train()(x)
+    prepared.eval()
+    assert torch.equal(fx.GraphModule(prepared, prepared.graph)(x), prepared(x))  # type: ignore[arg-type]
+
+
+class DependsOnValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else -self.fc(x)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        (DependsOnValues(), "cannot trace"),
+        (Functional(), "torch's linear"),
+        (nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), "layer 1 .GRU."),
+        (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), "ConvTranspose2d"),
+        (nn.Sequential(nn.ReLU()), "no Conv1d"),
+        (nn.Linear(2, 2), "nn.Sequential"),
+        (fedq.build("quantization", "uniform").prepare(_network("mlp")), "already prepared"),
+    ],
+)
+def test_networks_that_cannot_be_quantized_are_refused(model: nn.Module, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        fedq.build("quantization", "uniform").prepare(model)
+    assert fedq.build("quantization", "none").prepare(model) is model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_bits": 1},
+        {"weight_bits": 9},
+        {"first_last_bits": 1},
+        {"activation_bits": 3},
+        {"activation_bits": 9},
+        {"range_momentum": 0.0},
+        {"range_momentum": 1.5},
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        fedq.build("quantization", "uniform", **options)
+
+
+# --- uniform: weights -------------------------------------------------------------------------
+
+EXTREMES = [0.0, -0.0, 1e-45, -1e-38, 1.0, -3.0, 1e30, -3e38]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@given(
+    values=st.lists(
+        st.one_of(st.sampled_from(EXTREMES), st.floats(-10, 10, width=32)), min_size=6, max_size=6
+    ),
+    bits=st.integers(2, 8),
+)
+def test_weights_are_integers_times_scale(
+    per_channel: bool, values: list[float], bits: int
+) -> None:
+    weight = torch.tensor(values).reshape(2, 3, 1)
+    quantizer = UniformWeight(bits, per_channel)
+    out, scale = quantizer(weight), quantizer.scale(weight)
+    integers = quantizer.integers(weight)
+    assert scale.shape == ((2, 1, 1) if per_channel else ())
+    assert (scale > 0).all()
+    assert int(integers.abs().max()) <= 2 ** (bits - 1) - 1
+    assert torch.equal(integers * scale, out)
+    # Half a step in exact arithmetic; division and product round in float32.
+    bound = scale.double() * (0.5 + 2.0**-16)
+    assert ((out.double() - weight.double()).abs() <= bound).all()
+
+
+def test_the_largest_weight_of_each_channel_is_kept() -> None:
+    weight = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    largest = UniformWeight(8, per_channel=True).integers(weight).flatten(1).abs().amax(1)
+    assert (largest == 127).all()
+
+
+def test_folding_batch_norm_keeps_the_integers_up_to_sign() -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 8, 3, 3, generator=random)
+    gain = torch.randn(64, 1, 1, 1, generator=random)
+    quantizer = UniformWeight(8, per_channel=True)
+    folded = quantizer.integers(weight * gain) * gain.sign()
+    # Products round in float32: a weight within 1e-5 of a tie may fall to either side of it.
+    steps = weight / quantizer.scale(weight)
+    tie = ((steps - steps.floor() - 0.5).abs() < 1e-4).expand_as(folded)
+    assert torch.equal(folded[~tie], quantizer.integers(weight)[~tie].float())
+    assert tie.float().mean() < 1e-3
+
+
+def test_the_weight_gradient_is_passed_straight_through() -> None:
+    weight = torch.randn(4, 5, requires_grad=True)
+    upstream = torch.randn(4, 5)
+    UniformWeight(3, per_channel=True)(weight).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+
+
+# --- uniform: activations ---------------------------------------------------------------------
+
+
+def _quantizer(lo: float, hi: float, bits: int = 8) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(bits, momentum=0.1).eval()
+    quantizer.lo.fill_(lo)
+    quantizer.hi.fill_(hi)
+    return quantizer
+
+
+@given(
+    lo=st.floats(-1e6, 1e6, width=32),
+    width=st.floats(2.0**-20, 1e6, width=32),
+    bits=st.integers(4, 8),
+)
+def test_activations_lie_on_a_grid_that_includes_zero(lo: float, width: float, bits: int) -> None:
+    quantizer = _quantizer(lo, lo + width, bits)
+    qparams = quantizer.qparams()
+    if qparams is None:
+        assert quantizer.lo == quantizer.hi
+        return
+    scale, zero_point = qparams
+    assert scale == float(np.float32(scale)) > 0
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert low <= zero_point <= high
+    span = max(lo + width, 0.0) - min(lo, 0.0)
+    x = torch.linspace(lo - width, lo + 2 * width, 97)
+    integers = torch.div(quantizer(x), np.float32(scale)).round() + zero_point
+    assert low <= integers.min()
+    assert integers.max() <= high
+    assert torch.equal((integers - zero_point) * np.float32(scale), quantizer(x))
+    assert torch.equal(quantizer(torch.zeros(3)), torch.zeros(3))
+    inside = x.clamp(lo, lo + width)
+    assert (quantizer(inside) - inside).abs().max() <= 1.001 * span / (high - low)
+
+
+def test_ties_round_to_even() -> None:
+    quantizer = _quantizer(-128.0, 127.0)
+    assert quantizer.qparams() == (1.0, 0)
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert quantizer(x).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(("lo", "hi", "bits"), [(-1.0, 2.0, 8), (0.0, 6.0, 4), (-3.0, 0.5, 5)])
+def test_the_activation_gradient_is_one_inside_the_range_and_zero_outside(
+    lo: float, hi: float, bits: int
+) -> None:
+    quantizer = _quantizer(lo, hi, bits)
+    qparams = quantizer.qparams()
+    assert qparams is not None
+    scale, zero_point = qparams
+    x = torch.linspace(2 * lo - 1, 2 * hi + 1, 1001).reshape(7, 11, 13).requires_grad_()
+    upstream = torch.randn(7, 11, 13)
+    quantizer(x).backward(upstream)
+    steps = (x / scale).detach() + zero_point
+    unclipped = (steps.round() >= -(2 ** (bits - 1))) & (steps.round() <= 2 ** (bits - 1) - 1)
+    assert 0.1 < unclipped.float().mean() < 0.9
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(unclipped, upstream, 0.0))
+
+
+def test_ranges_are_moving_averages_that_start_at_the_first_batch() -> None:
+    quantizer = ActivationQuantizer(8, momentum=0.25).train()
+    quantizer(torch.tensor([-1.0, 3.0]))
+    assert (quantizer.lo.item(), quantizer.hi.item()) == (-1.0, 3.0)
+    quantizer(torch.tensor([-3.0, 1.0]))
+    assert (quantizer.lo.item(), quantizer.hi.item()) == (-1.5, 2.5)
+
+
+def test_an_unset_range_is_the_identity() -> None:
+    quantizer, x = ActivationQuantizer(4, momentum=0.1), torch.randn(9)
+    assert quantizer.eval()(x) is x
+    quantizer.train()(torch.zeros(9))
+    assert quantizer.eval()(x) is x
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_range_stays_visible(value: float) -> None:
+    quantizer = ActivationQuantizer(8, momentum=0.1).train()
+    quantizer(torch.tensor([0.0, 1.0]))
+    quantizer(torch.tensor([0.0, value]))
+    assert not torch.isfinite(quantizer.hi)
+    assert quantizer.qparams() is None
