@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,8 @@ from fedq.errors import ConfigError
 from fedq.registry import register
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
+#: What NumPy, zipfile and zlib raise on files that are cut, damaged, encrypted or something else.
+_BROKEN = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @register("data", "npz")
@@ -64,11 +67,10 @@ class Npz(Data):
         if not path.is_file():
             raise ConfigError(f"data.path={self.path}: no such file")
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise ConfigError(
-                        f"{self.path} is a single array; save several with numpy.savez"
-                    )
+            archive = np.load(path, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ConfigError(f"{self.path} is a single array; save several with numpy.savez")
+            with archive:
                 missing = [key for key in _KEYS if key not in archive.files]
                 if missing:
                     raise ConfigError(
@@ -76,22 +78,21 @@ class Npz(Data):
                         f"it has {', '.join(archive.files) or 'no arrays'}"
                     )
                 wanted = [*_KEYS, *({"client_train"} & set(archive.files))]
-                arrays = {}
-                for key in wanted:
-                    try:
-                        arrays[key] = archive[key]
-                    except ValueError as error:
-                        if "pickle" not in str(error):
-                            raise
-                        raise ConfigError(
-                            f"{self.path}: {key} is an object array; "
-                            "save plain numbers or text of one shape"
-                        ) from None
-                return arrays
+                return {key: self._array(archive, key) for key in wanted}
         except ConfigError:
             raise
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        except _BROKEN as error:
             raise ConfigError(f"{self.path} is not a readable .npz file: {error}") from None
+
+    def _array(self, archive: np.lib.npyio.NpzFile, key: str) -> NDArray[Any]:
+        try:
+            return np.asarray(archive[key])
+        except ValueError as error:
+            if "pickle" not in str(error):
+                raise
+            raise ConfigError(
+                f"{self.path}: {key} is an object array; save plain numbers or text of one shape"
+            ) from None
 
     def _kind(self, x: NDArray[Any]) -> Kind:
         if x.ndim == 2:

@@ -25,7 +25,7 @@ class Adam(Adaptive):
       >>> optimizer, one = Adam(learning_rate=0.1), np.ones(1, np.float32)
       >>> weights, state = optimizer.step(np.zeros(1, np.float32), one, optimizer.init(1))
       >>> weights  # 0.1 * 0.1 / (sqrt(0.01) + 0.001)
-      array([0.0990094], dtype=float32)
+      array([0.09900505], dtype=float32)
 
     Reference:
       Reddi et al. 2021, "Adaptive federated optimization", Algorithm 2.
