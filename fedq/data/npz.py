@@ -67,10 +67,12 @@ class Npz(Data):
         if not path.is_file():
             raise ConfigError(f"data.path={self.path}: no such file")
         try:
-            archive = np.load(path, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ConfigError(f"{self.path} is a single array; save several with numpy.savez")
-            with archive:
+            with path.open("rb") as file:  # np.load leaves a damaged file open if given a path
+                archive = np.load(file, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ConfigError(
+                        f"{self.path} is a single array; save several with numpy.savez"
+                    )
                 missing = [key for key in _KEYS if key not in archive.files]
                 if missing:
                     raise ConfigError(
