@@ -321,7 +321,7 @@ class FedQ(Strategy):
         return wire.seal(wire.Envelope(metadata, [delta, state]))
 
     def _open(self, reply: Message, current: _Round, float32_bytes: int) -> tuple[int, Update]:
-        """Check one reply and decode it; every way it can be unusable is a :class:`RejectedError`."""
+        """Check one reply and decode it; whatever makes it unusable is a RejectedError."""
         report, waiting = current.report, current.waiting
         node = reply.metadata.src_node_id
         if reply.has_error():

@@ -188,11 +188,13 @@ class LocalGrid(Grid):
         if not jobs:
             return
         self._write(jobs)
+        # A job queued behind a hung client would miss the deadline with it.
+        depth = QUEUED_PER_WORKER if timeout is None else 1
         deadline = None if timeout is None else time.monotonic() + timeout
         running: set[int] = {job.number for job in jobs}
         try:
             while running:
-                self._feed(jobs)
+                self._feed(jobs, depth)
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return
@@ -201,7 +203,7 @@ class LocalGrid(Grid):
                     worker = next(w for w in self._workers if w.pipe is pipe)
                     job, reply = self._receive(worker)
                     running.discard(job.number)
-                    self._feed(jobs)  # before the reply is aggregated: no worker waits for that
+                    self._feed(jobs, depth)  # before the reply is aggregated: no worker waits for that
                     yield reply
         finally:
             if running:
@@ -279,10 +281,10 @@ class LocalGrid(Grid):
         there.close()
         return _Worker(process, here)
 
-    def _feed(self, jobs: deque[_Job]) -> None:
-        for depth in range(1, QUEUED_PER_WORKER + 1):
+    def _feed(self, jobs: deque[_Job], depth: int) -> None:
+        for length in range(depth):
             for worker in self._workers:
-                if not jobs or len(worker.queue) >= depth:
+                if not jobs or len(worker.queue) > length:
                     continue
                 job = jobs.popleft()
                 worker.queue.append(job)

@@ -1,0 +1,296 @@
+"""The strategy: exact means in any order, one bad client loses its own update only."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tests.grids import InlineGrid, constant_client, envelope, raw_reply
+
+from fedq import Layout, build, wire
+from fedq.codecs.base import Codec
+from fedq.codecs.identity import Identity
+from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.records import unpack
+from fedq.strategy import PATIENCE, FedQ
+
+# isort: split
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
+
+LAYOUT = Layout(("a", "b"), ((2, 3), (1,)))
+ZERO = np.zeros(LAYOUT.size, np.float32)
+
+
+def strategy(**options: object) -> FedQ:
+    return FedQ(layout=LAYOUT, **{"codec": Identity(), **options})  # type: ignore[arg-type]
+
+
+def test_mean_is_weighted_by_examples() -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 3)
+    fedq = strategy()
+    after, report = fedq.run_round(grid, fedq.initial(ZERO))
+    expected = (1 * 1 + 2 * 2 + 3 * 3) / 6
+    np.testing.assert_allclose(after.weights, expected, rtol=1e-6)
+    assert (report.replies, report.sampled, report.rejected.total()) == (3, 3, 0)
+    assert report.train_loss == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
+
+
+def test_uniform_weighting_and_clamped_claims() -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 3)
+    uniform = strategy(weighting="uniform")
+    after, _ = uniform.run_round(grid, uniform.initial(ZERO))
+    np.testing.assert_allclose(after.weights, 2, rtol=1e-6)
+    clamped = strategy(max_examples=1)
+    again, _ = clamped.run_round(grid, clamped.initial(ZERO))
+    np.testing.assert_array_equal(again.weights, after.weights)
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "median", "trimmed_mean"])
+def test_order_of_replies_does_not_matter(aggregator: str) -> None:
+    rng = np.random.default_rng(0)
+    deltas = rng.normal(size=(9, LAYOUT.size)).astype(np.float32) * 10.0 ** rng.integers(-6, 3, 9)[:, None]
+
+    def handle(message: Message, partition: int) -> Message:
+        from fedq.client import Task
+
+        task = Task.open(message, LAYOUT)
+        return task.reply(deltas[partition].astype(np.float32), examples=partition + 1, client=partition)
+
+    results = []
+    for order in (list, lambda m: m[::-1], lambda m: m[4:] + m[:4]):
+        fedq = strategy(aggregator=build("aggregator", aggregator))
+        after, _ = fedq.run_round(InlineGrid(handle, 9, order), fedq.initial(ZERO))
+        results.append(after.weights.tobytes())
+    assert len(set(results)) == 1
+
+
+def _hostile(kind: str, message: Message, good: Message) -> Message:
+    blob = unpack(good.content)
+    parts = wire.unseal(blob).parts
+    meta = {"round": int(message.metadata.group_id), "examples": 5}
+    nan = Identity().encode(ZERO, LAYOUT)
+    body = bytearray(nan)
+    if kind == "garbage":
+        return raw_reply(message, b"\x00" * 100)
+    if kind == "empty":
+        return raw_reply(message, b"")
+    if kind == "flipped bit":
+        return raw_reply(message, blob[:30] + bytes([blob[30] ^ 1]) + blob[31:])
+    if kind == "stale":
+        return raw_reply(message, envelope({**meta, "round": 99}, *map(bytes, parts)))
+    if kind == "no examples":
+        return raw_reply(message, envelope({**meta, "examples": 0}, *map(bytes, parts)))
+    if kind == "text examples":
+        return raw_reply(message, envelope({**meta, "examples": "9"}, *map(bytes, parts)))
+    if kind == "text loss":
+        return raw_reply(message, envelope({**meta, "loss": "low"}, *map(bytes, parts)))
+    if kind == "one part":
+        return raw_reply(message, envelope(meta, bytes(parts[0])))
+    if kind == "other layout":
+        other = Identity().encode(np.zeros(9, np.float32), Layout.flat(9))
+        return raw_reply(message, envelope(meta, other, bytes(parts[1])))
+    if kind == "other codec":
+        other = build("codec", "uniform", bits=4).encode(ZERO, LAYOUT)
+        return raw_reply(message, envelope(meta, other, bytes(parts[1])))
+    if kind == "not a number":
+        body = np.full(LAYOUT.size, np.nan, "<f4").tobytes()
+        bad = wire.seal_frame(Identity(), LAYOUT, 0, body)
+        return raw_reply(message, envelope(meta, bad, bytes(parts[1])))
+    if kind == "huge":
+        bad = Identity().encode(np.full(LAYOUT.size, 1e30, np.float32), LAYOUT)
+        return raw_reply(message, envelope(meta, bad, bytes(parts[1])))
+    if kind == "dropped":
+        return raw_reply(message, envelope({"round": meta["round"], "dropped": "loss is NaN"}))
+    if kind == "error":
+        return Message(Error(2, "no memory"), reply_to=message)
+    raise AssertionError(kind)
+
+
+KINDS = {
+    "garbage": "malformed",
+    "empty": "malformed",
+    "flipped bit": "malformed",
+    "stale": "stale",
+    "no examples": "malformed",
+    "text examples": "malformed",
+    "text loss": "malformed",
+    "one part": "malformed",
+    "other layout": "malformed",
+    "other codec": "malformed",
+    "not a number": "malformed",
+    "huge": "out of range",
+    "dropped": "dropped",
+    "error": "error",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_client_loses_its_own_update_only(kind: str) -> None:
+    honest = constant_client(LAYOUT)
+
+    def handle(message: Message, partition: int) -> Message:
+        good = honest(message, partition)
+        return _hostile(kind, message, good) if partition == 1 else good
+
+    fedq = strategy()
+    after, report = fedq.run_round(InlineGrid(handle, 4), fedq.initial(ZERO))
+    np.testing.assert_allclose(after.weights, (1 + 9 + 16) / 8, rtol=1e-6)
+    assert report.rejected == {KINDS[kind]: 1}
+    assert report.replies == 3
+    assert report.reasons and report.reasons[0].startswith(KINDS[kind])
+
+
+def test_a_second_answer_and_a_stranger_do_not_count() -> None:
+    honest = constant_client(LAYOUT)
+
+    class Twice(InlineGrid):
+        def send_and_receive(self, messages, *, timeout=None):  # type: ignore[no-untyped-def]
+            for reply in super().send_and_receive(messages):
+                yield reply
+                yield reply
+
+    fedq = strategy()
+    after, report = fedq.run_round(Twice(honest, 2), fedq.initial(ZERO))
+    np.testing.assert_allclose(after.weights, 5 / 3, rtol=1e-6)
+    assert report.rejected == {"unexpected": 2}
+
+
+def test_without_a_quorum_nothing_changes_and_patience_ends() -> None:
+    honest = constant_client(LAYOUT)
+
+    def handle(message: Message, partition: int) -> Message:
+        if partition:
+            return Message(Error(2, "battery is empty"), reply_to=message)
+        return honest(message, partition)
+
+    fedq = strategy(quorum=0.75)
+    grid, state = InlineGrid(handle, 4), fedq.initial(ZERO)
+    for _ in range(PATIENCE - 1):
+        before = state
+        state, report = fedq.run_round(grid, state)
+        assert report.skipped
+        assert state.weights is before.weights
+    with pytest.raises(FedqError, match="battery is empty"):
+        fedq.run_round(grid, state)
+
+
+def test_missing_replies_are_counted() -> None:
+    class Silent(InlineGrid):
+        def send_and_receive(self, messages, *, timeout=None):  # type: ignore[no-untyped-def]
+            assert timeout == 7.0
+            return list(super().send_and_receive(messages))[:2]
+
+    fedq = strategy(deadline_s=7.0)
+    _, report = fedq.run_round(Silent(constant_client(LAYOUT), 4), fedq.initial(ZERO))
+    assert report.rejected == {"no reply": 2}
+
+
+def test_no_client_is_a_clear_error() -> None:
+    fedq = strategy()
+    with pytest.raises(ConfigError, match="no client is connected"):
+        fedq.run_round(InlineGrid(constant_client(LAYOUT), 0), fedq.initial(ZERO))
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(3, 3), (0.5, 5), (0.01, 1), (99, 10), (1.0, 10)])
+def test_sampling_is_seeded_and_has_the_right_size(wanted: float, count: int) -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 10)
+    first = [strategy(clients_per_round=wanted, seed=1).sample(grid, r) for r in range(20)]
+    again = [strategy(clients_per_round=wanted, seed=1).sample(grid, r) for r in range(20)]
+    assert first == again
+    assert all(len(set(nodes)) == count for nodes in first)
+    if count < 10:
+        other = [strategy(clients_per_round=wanted, seed=2).sample(grid, r) for r in range(20)]
+        assert first != other
+        assert len({tuple(nodes) for nodes in first}) > 1
+
+
+@pytest.mark.parametrize("codec", [Identity(), build("codec", "uniform", bits=4)])
+def test_bytes_are_lengths_of_what_crossed(codec: Codec) -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 3)
+    replies: list[Message] = []
+    handler = grid.handler
+
+    def keep(message: Message, partition: int) -> Message:
+        replies.append(handler(message, partition))
+        return replies[-1]
+
+    grid.handler = keep
+    fedq = strategy(codec=codec, downlink=codec)
+    _, report = fedq.run_round(grid, fedq.initial(ZERO))
+    assert report.downlink_bytes == sum(len(unpack(m.content)) for m in grid.seen)
+    assert report.uplink_bytes == sum(len(unpack(m.content)) for m in replies)
+
+
+def test_clients_see_the_downlink_and_the_server_keeps_its_master() -> None:
+    seen: list[np.ndarray] = []
+
+    def handle(message: Message, partition: int) -> Message:
+        from fedq.client import Task
+
+        task = Task.open(message, LAYOUT)
+        seen.append(task.weights)
+        return task.reply(ZERO, examples=1, client=partition)
+
+    codec = build("codec", "uniform", bits=2, scale="model")
+    weights = np.linspace(-1, 1, LAYOUT.size).astype(np.float32)
+    fedq = strategy(downlink=codec)
+    after, _ = fedq.run_round(InlineGrid(handle, 2), fedq.initial(weights))
+    np.testing.assert_array_equal(after.weights, weights)
+    assert set(np.unique(seen[0])) <= {-1.0, 0.0, 1.0}
+
+
+def test_flower_start_and_hooks_agree() -> None:
+    initial = ArrayRecord(
+        {name: Array(x) for name, x in LAYOUT.unflatten(ZERO).items()}
+    )
+    evaluated = []
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        evaluated.append(server_round)
+        return MetricRecord({"sum": float(sum(a.numpy().sum() for a in arrays.values()))})
+
+    grid = InlineGrid(constant_client(LAYOUT), 3)
+    result = strategy().start(grid, initial, num_rounds=2, timeout=5, evaluate_fn=evaluate)
+    assert evaluated == [1, 2]
+    hooked = strategy()
+    arrays = initial
+    for server_round in (1, 2):
+        messages = hooked.configure_train(server_round, arrays, {}, grid)  # type: ignore[arg-type]
+        replies = grid.send_and_receive(messages)
+        found, metrics = hooked.aggregate_train(server_round, replies)
+        assert found is not None
+        assert metrics is not None
+        arrays = found
+    for name in LAYOUT.names:
+        np.testing.assert_array_equal(result.arrays[name].numpy(), arrays[name].numpy())
+    assert result.train_metrics_clientapp[2]["replies"] == 3
+
+
+def test_optimizer_state_is_carried() -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 2)
+    fedq = strategy(server_optimizer=build("server_optimizer", "momentum", momentum=0.5))
+    one, _ = fedq.run_round(grid, fedq.initial(ZERO))
+    two, _ = fedq.run_round(grid, one)
+    step = one.weights
+    np.testing.assert_allclose(two.weights - one.weights, 1.5 * step, rtol=1e-6)
+
+
+def test_requests_are_json_and_name_the_codec() -> None:
+    grid = InlineGrid(constant_client(LAYOUT), 1)
+    fedq = strategy(codec=build("codec", "uniform", bits=3), task={"note": 1}, seed=5)
+    fedq.run_round(grid, fedq.initial(ZERO))[1]
+    metadata = wire.unseal(unpack(grid.seen[0].content)).metadata
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert metadata["codec"]["bits"] == 3
+    assert (metadata["note"], metadata["round"], metadata["seed"]) == (1, 1, 5)
+
+
+def test_a_request_for_another_model_is_refused() -> None:
+    from fedq.client import Task
+
+    grid = InlineGrid(constant_client(LAYOUT), 1)
+    fedq = strategy()
+    fedq.run_round(grid, fedq.initial(ZERO))
+    with pytest.raises(DecodeError, match="another model"):
+        Task.open(grid.seen[0], Layout.flat(3))
