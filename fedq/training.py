@@ -187,15 +187,16 @@ class Trainer:
         # NumPy's views of the same memory: copies and differences without torch's overhead.
         self._weights_array: Vector = self._weights.numpy()
         self._state_array: Vector = self._state.numpy()
+        self._fresh_state = self.state()
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
-        """Set the weights, shape (d,), and the state, shape (s,), which defaults to zeros.
+        """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
 
         Raises:
           ConfigError: If a vector has another shape than its layout.
         """
         if state is None:
-            state = np.zeros(self.state_layout.size, np.float32)
+            state = self._fresh_state
         for name, vector, own in (
             ("weights", weights, self._weights_array),
             ("state", state, self._state_array),

@@ -235,6 +235,15 @@ def test_batch_norm_statistics_are_trained_state() -> None:
     )
 
 
+def test_loading_weights_alone_makes_the_state_new() -> None:
+    trainer = Trainer(_prepared("batch_normed"))
+    weights, state = trainer.weights(), trainer.state()
+    trainer.train(*_images(), TrainingConfig(), seed=0)
+    assert not np.array_equal(trainer.state(), state)
+    trainer.load(weights)
+    np.testing.assert_array_equal(trainer.state(), state)
+
+
 def test_quantizer_ranges_are_trained_state() -> None:
     trainer = Trainer(_prepared())
     assert trainer.layout == Trainer(_model()).layout
