@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,9 @@ def test_plot_shows_every_run_in_its_colour(pair: Path, tmp_path: Path) -> None:
     for colour in ("#0072B2", "#4D4D4D"):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(image[..., :3] - rgb).max(axis=-1) < 0.02).sum() > 500
+
+
+def test_reading_and_tables_do_not_import_matplotlib() -> None:
+    code = "import sys, fedq.report; print({'matplotlib', 'torch', 'flwr'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
