@@ -19,9 +19,13 @@ class Adaptive(ServerOptimizer):
     ``m <- beta_1 m + (1 - beta_1) u``, ``v <- second_moment(v, u**2)``,
     ``w <- w + learning_rate * m / (sqrt(v) + tau)``; m starts at 0 and v at ``tau**2``. As in the
     paper, nothing is corrected for the bias of the first rounds.
+
+    Of the rates 0.001, 0.003, 0.01, 0.03 and 0.1, 0.03 was the most accurate for each of the three
+    after 20 rounds of a two-layer perceptron on mnist5k (50 Dirichlet(0.5) clients, 10 a round, one
+    local epoch of SGD at 0.1); tau and the betas are the paper's (Appendix D).
     """
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     beta_1: float = 0.9
     tau: float = 1e-3
 
