@@ -219,6 +219,10 @@ class RunDirectory:
                 with contextlib.suppress(OSError):  # the next one removes it
                     stale.unlink()
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to continue from."""
+        return bool(_checkpoints(self.path))
+
     def load_checkpoint(self) -> Checkpoint:
         """Return the newest readable checkpoint, with a warning if a newer one is damaged.
 

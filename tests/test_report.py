@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from fedq.errors import ConfigError, FedqError
+from fedq.registry import build, to_config
 from fedq.report import (
     comparison_table,
     equal_accuracy,
@@ -27,6 +28,7 @@ from fedq.report import (
     to_csv,
     to_markdown,
 )
+from fedq.report.runs import describe
 from fedq.results import RunDirectory
 
 PARAMETERS, COHORT = 35_000, 10
@@ -350,3 +352,11 @@ def test_reading_and_tables_do_not_import_matplotlib() -> None:
     code = "import sys, fedq.report; print({'matplotlib', 'torch', 'flwr'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_codec_text_leaves_defaults_out() -> None:
+    config = to_config(build("codec", "uniform", bits=6))
+    assert describe(config, "codec") == "uniform(bits=6)"
+    nested = {"name": "error_feedback", "inner": config}
+    assert describe(nested, "codec") == "error_feedback(inner=uniform(bits=6))"
+    assert describe({"name": "of_a_plugin", "x": 1}, "codec") == "of_a_plugin(x=1)"

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedq import results
+from fedq import registry, results
 from fedq.errors import ConfigError
 
 BASELINE = "baseline"
@@ -46,8 +46,9 @@ class Run:
 
     @property
     def codec(self) -> str:
-        """The uplink codec and its options in one line."""
-        return str(self.summary.get("codec") or describe(self.config.get("codec")))
+        """The uplink codec and the options that differ from its defaults, in one line."""
+        choice = self.config.get("codec")
+        return describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
 
     @property
     def is_float(self) -> bool:
@@ -232,20 +233,27 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [path.relative_to(root).as_posix() for path in paths]
 
 
-def describe(choice: object) -> str:
-    """Return a registered object's configuration in one line.
+def describe(choice: object, group: str | None = None) -> str:
+    """Return a registered object's configuration in one line, without defaults if they are known.
 
-    >>> describe({"name": "uniform", "bits": 4, "symmetric": False, "inner": {"name": "raw"}})
-    'uniform(bits=4, symmetric=false, inner=raw)'
+    >>> describe({"name": "other", "bits": 4, "symmetric": False, "inner": {"name": "raw"}})
+    'other(bits=4, symmetric=false, inner=raw)'
     """
+    if isinstance(choice, bool):
+        return str(choice).lower()
     if not isinstance(choice, Mapping):
         return "" if choice is None else str(choice)
-    options = ", ".join(
-        f"{key}={describe(value).lower() if isinstance(value, bool) else describe(value)}"
-        for key, value in choice.items()
-        if key != "name" and value is not None
-    )
-    return f"{choice.get('name', '')}({options})" if options else str(choice.get("name", ""))
+    name = str(choice.get("name", ""))
+    known: dict[str, registry.Field] = {}
+    if group is not None and name in registry.available(group):
+        known = registry.fields(registry.lookup(group, name))
+    options = []
+    for key, value in choice.items():
+        field = known.get(key)
+        if key != "name" and value is not None and not (field and value == field.default):
+            inner = getattr(field.type, "group", None) if field else None
+            options.append(f"{key}={describe(value, inner)}")
+    return f"{name}({', '.join(options)})" if options else name
 
 
 def _number(value: object) -> float | None:
