@@ -134,13 +134,12 @@ def place(
     if type(model) in _QUANTIZED:
         raise ConfigError("the model is a single layer; put it into an nn.Sequential")
     tree = _shallow_copy(model)
-    try:
-        graph = fx.Tracer().trace(tree)
-    except Exception as error:  # the network's own code runs on proxies: anything may happen
+    graph = _trace(tree)
+    if str(graph) != str(_trace(_shallow_copy(model).train(not model.training))):
         raise ConfigError(
-            f"cannot quantize {type(model).__name__}: torch.fx cannot trace it ({error}); remove"
-            " control flow that depends on values, or use quantization=none"
-        ) from error
+            f"cannot quantize {type(model).__name__}: its forward depends on self.training, which"
+            " torch.fx would freeze; use modules such as nn.Dropout, or quantization=none"
+        )
     layers = _weighted_layers(tree, graph)
     edges = {layers[0], layers[-1]}
     if activation_quantizer is not None:
@@ -152,6 +151,16 @@ def place(
         quantized.weight_quantizer = weight_quantizer(layer, name in first_or_last)
         tree.set_submodule(name, quantized)
     return PreparedModel(tree, graph)
+
+
+def _trace(tree: nn.Module) -> fx.Graph:
+    try:
+        return fx.Tracer().trace(tree)
+    except Exception as error:  # the network's own code runs on proxies: anything may happen
+        raise ConfigError(
+            f"cannot quantize {type(tree).__name__}: torch.fx cannot trace it ({error}); remove"
+            " control flow that depends on values, or use quantization=none"
+        ) from error
 
 
 def _weighted_layers(tree: nn.Module, graph: fx.Graph) -> list[fx.Node]:

@@ -250,6 +250,15 @@ class DependsOnValues(nn.Module):
         return self.fc(x) if x.sum() > 0 else -self.fc(x)
 
 
+class DependsOnMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.fc(x), training=self.training)
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -263,6 +272,7 @@ class Functional(nn.Module):
     ("model", "hint"),
     [
         (DependsOnValues(), "cannot trace"),
+        (DependsOnMode(), "self.training"),
         (Functional(), "torch's linear"),
         (nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), "layer 1 .GRU."),
         (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), "ConvTranspose2d"),
