@@ -1,14 +1,18 @@
 """Context-mixing binary range coder for signed integers, in integer arithmetic throughout.
 
 An integer is a short string of binary decisions: is it zero, which sign, is the magnitude above 1,
-2, ... (unary), and from ``UNARY`` on an Exp-Golomb code. Each decision has four contexts drawn from
-what is known already: running magnitudes of the column above and of the row to the left, the
-nearest neighbours, the tensor, and the caller's side information. Each context keeps an adaptive
-probability; a small online logistic mixer joins the four (Mahoney 2005, "Adaptive weighing of
-context models for lossless data compression"). The probability drives a carry-propagating 32-bit
-range coder (Martin 1979; the byte-wise form of LZMA). One function codes both ways, so that
+2, ... (unary), and from 12 on an Exp-Golomb code. Each decision has five contexts drawn from what
+both ends know already: running magnitudes of the column above and of the row to the left, nearest
+neighbours, the tensor, the caller's side information, and a prediction. The prediction is rank one,
+as gradients of a few samples are nearly (row ~ slope x running column factor). Each context keeps
+an adaptive probability; a small online logistic mixer joins the five (Mahoney 2005, "Adaptive
+weighing of context models for lossless data compression"). The result drives a carry-propagating
+32-bit range coder (Martin 1979; the byte-wise form of LZMA). One function codes both ways, so that
 encoder and decoder cannot drift apart, and no floating-point number is involved, so that every
 machine writes the same bytes.
+
+Rows and columns start anew with each tensor; probabilities are learned over the whole model, so
+that a small tensor costs nothing extra.
 
 Every sequence of integers has exactly one code: the last interval is named by its roundest number,
 trailing zero bytes are dropped, and the decoder checks both. Reads past the end give zeros.
@@ -42,8 +46,8 @@ _ZERO, _SIGN, _ABOVE = 0, 1, 1  # _ABOVE + k: is the magnitude above k, k = 1 ..
 _PREFIX = _ABOVE + _UNARY
 _MANTISSA = _PREFIX + _MAX_PREFIX + 1
 _DECISIONS = _MANTISSA + _MAX_PREFIX + 1
-_SLOTS = 4096  # of each of the four contexts
-_INPUTS = 4
+_SLOTS = 4096  # of each context; every kind of decision has its own range among them
+_INPUTS = 5
 
 # State of the range coder, an int64 array.
 _LOW, _RANGE, _CODE, _AT, _CACHE, _PENDING = range(6)
@@ -51,8 +55,12 @@ _TOP, _MASK = 1 << 24, (1 << 32) - 1
 
 _PROBABILITY_BITS = 16
 _HALF = 1 << 15
-_LIMIT = 255  # adaptation slows to 1 / (_LIMIT + 1.5)
-_RATE = 6  # of the mixer
+_LIMIT = 127  # of a slot's count: adaptation slows to 1 / (_LIMIT + 1.5)
+_RATE = 10  # of the mixer
+_ROUND = 1 << 17
+_CAP = 63  # on magnitudes that predict signs
+_PRIOR = 1 << 18  # shrinks predictions while a row is short
+_MEMORY = 3
 _DOMAIN = 2047  # logits are clipped to +-_DOMAIN / 256
 
 
@@ -84,7 +92,7 @@ def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _jit(function: Any) -> Any:
-    return numba.njit(cache=True, nogil=True, inline="never")(function)
+    return numba.njit(cache=True, nogil=True)(function)
 
 
 @_jit
@@ -130,30 +138,27 @@ def _narrow(bit, bound, state, buffer, decoding):  # type: ignore[no-untyped-def
 
 
 @_jit
-def _plain(bit, state, buffer, decoding):  # type: ignore[no-untyped-def]
-    return _narrow(bit, state[_RANGE] >> 1, state, buffer, decoding)
-
-
-@_jit
-def _decide(bit, row, a, b, c, d, model, state, buffer, decoding):  # type: ignore[no-untyped-def]
-    """Code one decision in contexts a, b, c, d, and learn from it."""
-    probability, count, weight, squash, stretch, reciprocal = model
+def _decide(bit, row, a, b, c, d, e, coder):  # type: ignore[no-untyped-def]
+    """Code one decision in contexts a to e, and learn from it."""
+    probability, count, weight, squash, stretch, reciprocal, state, buffer, decoding = coder
     xa = stretch[probability[0, a] >> 4]
     xb = stretch[probability[1, b] >> 4]
     xc = stretch[probability[2, c] >> 4]
     xd = stretch[probability[3, d] >> 4]
+    xe = stretch[probability[4, e] >> 4]
     w = weight[row]
-    logit = (w[0] * xa + w[1] * xb + w[2] * xc + w[3] * xd) >> 16
+    logit = (w[0] * xa + w[1] * xb + w[2] * xc + w[3] * xd + w[4] * xe) >> 16
     logit = min(max(logit, -_DOMAIN), _DOMAIN)
     p = squash[logit + 2048]
     bit = _narrow(bit, (state[_RANGE] >> 16) * p, state, buffer, decoding)
     target = bit << 16
     error = (target - p) * _RATE
-    w[0] += (xa * error + (1 << 17)) >> 18
-    w[1] += (xb * error + (1 << 17)) >> 18
-    w[2] += (xc * error + (1 << 17)) >> 18
-    w[3] += (xd * error + (1 << 17)) >> 18
-    for i, slot in ((0, a), (1, b), (2, c), (3, d)):
+    w[0] += (xa * error + _ROUND) >> 18
+    w[1] += (xb * error + _ROUND) >> 18
+    w[2] += (xc * error + _ROUND) >> 18
+    w[3] += (xd * error + _ROUND) >> 18
+    w[4] += (xe * error + _ROUND) >> 18
+    for i, slot in ((0, a), (1, b), (2, c), (3, d), (4, e)):
         n = count[i, slot]
         old = probability[i, slot]
         probability[i, slot] = old + (((target - old) * reciprocal[n]) >> 16)
@@ -174,13 +179,63 @@ def _class(magnitude):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _run(values, side, sizes, columns, model, state, buffer, decoding):  # type: ignore[no-untyped-def]
+def _strength(magnitude):  # type: ignore[no-untyped-def]
+    """Quantise a predicted magnitude (8 fractional bits) to 0 ... 7."""
+    for i, bound in enumerate((2, 8, 20, 48, 100, 200, 400)):
+        if magnitude <= bound:
+            return i
+    return 7
+
+
+@_jit
+def _escape(rest, c1, c2, cm, strength, coder):  # type: ignore[no-untyped-def]
+    """Code ``rest >= 1`` in Exp-Golomb form; return it, or 0 for a form no encoder writes."""
+    prefix = 0
+    while _decide(
+        1 if rest >> (prefix + 1) else 0,
+        _PREFIX + prefix,
+        1024 + prefix * _CLASSES + c1,
+        1024 + prefix * _CLASSES + c2,
+        2048 + prefix * _CLASSES + cm,
+        1920 + prefix,
+        1024 + prefix * 8 + strength,
+        coder,
+    ):
+        prefix += 1
+        if prefix > _MAX_PREFIX:
+            return 0
+    number = 1
+    for place in range(prefix - 1, -1, -1):
+        bit = (rest >> place) & 1
+        if place == prefix - 1:
+            bit = _decide(
+                bit,
+                _MANTISSA + prefix,
+                2048 + prefix * _CLASSES + c1,
+                2048 + prefix * _CLASSES + c2,
+                3072 + prefix * _CLASSES + cm,
+                2048 + prefix,
+                2048 + prefix * 8 + strength,
+                coder,
+            )
+        else:
+            state, buffer, decoding = coder[-3:]
+            bit = _narrow(bit, state[_RANGE] >> 1, state, buffer, decoding)
+        number = (number << 1) | bit
+    return number
+
+
+@_jit
+def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
     """Code all tensors; return 0, or 1 for an escape that no encoder writes."""
+    decoding = coder[-1]
     n = 0
-    fast, slow = 0, 0
+    fast, slow = 0, 0  # running magnitudes to the left; all have 8 fractional bits
     for t in range(sizes.size):
         width = columns[t]
-        above = np.zeros(width, np.int64)  # running magnitudes, 8 fractional bits
+        above = np.zeros(width, np.int64)  # running magnitudes of the columns
+        factor = np.zeros(width, np.int64)  # running signed columns, rows aligned
+        inner, norm = 0, 0  # <row, factor>, |factor|^2 so far in this row
         tensor = min(t, _TENSORS - 1)
         for i in range(sizes[t]):
             j = i % width
@@ -188,112 +243,66 @@ def _run(values, side, sizes, columns, model, state, buffer, decoding):  # type:
             c1 = _class(above[j]) if i >= width else c2
             cm = (c1 + c2 + 1) >> 1
             bin_ = side[n] & (SIDE_BINS - 1) if side.size else 0
-            mirror = 1 if side.size and side[n] & SIDE_FLIP else 0
+            f = -1 if side.size and side[n] & SIDE_FLIP else 1
             left = values[n - 1] if j > 0 else 0
             left2 = values[n - 2] if j > 1 else 0
             up = values[n - width] if i >= width else 0
             upleft = values[n - width - 1] if i >= width and j > 0 else 0
-
-            v = 0 if decoding else values[n]
-            m = abs(v)
             near = (min(abs(left), 3) * 4 + min(abs(up), 3)) * 4 + min(abs(left2), 3)
-            zero = _decide(
+            slope = min(max((inner << 16) // (norm + _PRIOR), -(1 << 14)), 1 << 14)
+            guess = ((slope * factor[j]) >> 8) * f
+            strength = _strength(abs(guess))
+            lean = strength * 2 + (1 if guess > 0 else 0)
+
+            v: int = 0 if decoding else values[n]
+            m: int = abs(v)
+            if _decide(
                 1 if m == 0 else 0,
                 _ZERO,
                 c1 * _CLASSES + c2,
                 cm * SIDE_BINS + bin_,
                 near * 4 + (bin_ >> 2),
                 tensor * SIDE_BINS + bin_,
-                model,
-                state,
-                buffer,
-                decoding,
-            )
-            if zero:
+                lean * SIDE_BINS + bin_,
+                coder,
+            ):
                 m = 0
             else:
-                f = -1 if mirror else 1
-                signs = (
-                    ((np.sign(left) * f + 1) * 3 + np.sign(up) * f + 1) * 3
-                    + np.sign(upleft) * f
-                    + 1
+                signs = ((np.sign(left) * f + 1) * 3 + np.sign(up) * f + 1) * 3
+                signs += np.sign(upleft) * f + 1
+                opposite = _decide(
+                    1 if v * f < 0 else 0,
+                    _SIGN,
+                    256 + bin_,
+                    256 + cm * SIDE_BINS + bin_,
+                    256 + signs * 4 + (bin_ >> 2),
+                    1024 + tensor,
+                    256 + lean * SIDE_BINS + bin_,
+                    coder,
                 )
-                negative = (
-                    _decide(
-                        1 if v * f < 0 else 0,
-                        _SIGN,
-                        256 + bin_,
-                        256 + cm * SIDE_BINS + bin_,
-                        256 + signs * 4 + (bin_ >> 2),
-                        1024 + tensor,
-                        model,
-                        state,
-                        buffer,
-                        decoding,
-                    )
-                    ^ mirror
-                )
+                agree = strength * 2 + (1 if (guess > 0) != (opposite == 1) else 0)
                 k = 1
-                while k < _UNARY:
-                    more = _decide(
-                        1 if m > k else 0,
-                        _ABOVE + k,
-                        512 + k * _CLASSES + c1,
-                        512 + k * _CLASSES + c2,
-                        512 + (k * _CLASSES + cm) * 4 + (bin_ >> 2),
-                        1088 + tensor * _UNARY + k,
-                        model,
-                        state,
-                        buffer,
-                        decoding,
-                    )
-                    if not more:
-                        break
+                while k < _UNARY and _decide(
+                    1 if m > k else 0,
+                    _ABOVE + k,
+                    512 + k * _CLASSES + c1,
+                    512 + k * _CLASSES + c2,
+                    512 + (k * _CLASSES + cm) * 4 + (bin_ >> 2),
+                    1088 + tensor * _UNARY + k,
+                    512 + k * 16 + agree,
+                    coder,
+                ):
                     k += 1
                 if k == _UNARY:
-                    rest = m - _UNARY + 1
-                    prefix = 0
-                    while True:
-                        longer = _decide(
-                            1 if rest >> (prefix + 1) else 0,
-                            _PREFIX + prefix,
-                            1024 + prefix * _CLASSES + c1,
-                            1024 + prefix * _CLASSES + c2,
-                            2048 + prefix * _CLASSES + cm,
-                            1920 + prefix,
-                            model,
-                            state,
-                            buffer,
-                            decoding,
-                        )
-                        if not longer:
-                            break
-                        prefix += 1
-                        if prefix > _MAX_PREFIX:
-                            return 1
-                    number = 1
-                    for place in range(prefix - 1, -1, -1):
-                        bit = (rest >> place) & 1
-                        if place == prefix - 1:
-                            bit = _decide(
-                                bit,
-                                _MANTISSA + prefix,
-                                2048 + prefix * _CLASSES + c1,
-                                2048 + prefix * _CLASSES + c2,
-                                3072 + prefix * _CLASSES + cm,
-                                2048 + prefix,
-                                model,
-                                state,
-                                buffer,
-                                decoding,
-                            )
-                        else:
-                            bit = _plain(bit, state, buffer, decoding)
-                        number = (number << 1) | bit
-                    k = _UNARY - 1 + number
+                    rest = _escape(m - _UNARY + 1, c1, c2, cm, strength, coder)
+                    if rest == 0:
+                        return 1
+                    k = rest + _UNARY - 1
                 m = k
+                v = -m * f if opposite else m * f
                 if decoding:
-                    values[n] = -m if negative else m
+                    values[n] = v
+
             size = min(m, 1 << 12) << 8
             if i >= width:
                 above[j] += (size - above[j]) >> 3
@@ -301,14 +310,22 @@ def _run(values, side, sizes, columns, model, state, buffer, decoding):  # type:
                 above[j] = (size + fast + slow) // 3
             fast += (size - fast) >> 2
             slow += (size - slow) >> 5
+            inner += min(max(v, -_CAP), _CAP) * factor[j]
+            norm += factor[j] * factor[j]
             n += 1
+            if j == width - 1:
+                align = -1 if inner < 0 else 1
+                for column in range(width):
+                    aligned = min(max(values[n - width + column], -_CAP), _CAP) * align << 8
+                    factor[column] += (aligned - factor[column]) >> _MEMORY
+                inner, norm = 0, 0
     return 0
 
 
 def _model() -> tuple[NDArray[Any], ...]:
     probability = np.full((_INPUTS, _SLOTS), _HALF, np.int64)
     count = np.zeros((_INPUTS, _SLOTS), np.int64)
-    weight = np.full((_DECISIONS, _INPUTS), 20000, np.int64)
+    weight = np.full((_DECISIONS, _INPUTS), 16000, np.int64)
     return (probability, count, weight, *_tables())
 
 
@@ -353,7 +370,7 @@ def encode(
     state = np.array([0, _MASK, 0, -1, 0, 1], np.int64)
     buffer = np.zeros(limit + 8, np.uint8)
     side = _NO_SIDE if side is None else side
-    _run(values, side, sizes, columns, _model(), state, buffer, False)
+    _run(values, side, sizes, columns, (*_model(), state, buffer, False))
     state[_LOW] = _roundest(int(state[_LOW]), int(state[_RANGE]))
     for _ in range(5):
         _shift(state, buffer)
@@ -379,7 +396,7 @@ def decode(
     state = np.array([0, _MASK, start, 4, 0, 0], np.int64)
     values = np.zeros(int(sizes.sum()), np.int32)
     side = _NO_SIDE if side is None else side
-    if _run(values, side, sizes, columns, _model(), state, buffer, True):
+    if _run(values, side, sizes, columns, (*_model(), state, buffer, True)):
         raise DecodeError("an escape code is too long")
     low = int(state[_LOW])
     if int(state[_CODE]) != _roundest(low, int(state[_RANGE])) - low:

@@ -202,7 +202,8 @@ class _Grid:
             return np.clip(np.rint(t), 0, self.top).astype(np.int32), None
         t += self.u
         centre = np.floor(t)
-        side = _side_table()[((t - centre) * 1024).astype(np.int64)]
+        place = np.minimum((t - centre) * 1024, 1023)  # t - centre may round up to 1
+        side = _side_table()[place.astype(np.int64)]
         return np.clip(centre, 0, self.top).astype(np.int32), side
 
 
