@@ -147,6 +147,20 @@ def to_config(obj: Any) -> dict[str, Any]:
     }
 
 
+def describe(obj: Any) -> str:
+    """Return an object in one line: its name and the options that differ from their defaults.
+
+    >>> describe(build("codec", "uniform", bits=4))
+    'uniform (bits=4)'
+    """
+    options = []
+    for key, field in fields(type(obj)).items():
+        value = getattr(obj, key)
+        if field.required or value != field.default:
+            options.append(f"{key}={describe(value) if is_registered(value) else value}")
+    return f"{obj.name} ({', '.join(options)})" if options else str(obj.name)
+
+
 def is_registered(obj: object) -> bool:
     """Whether ``obj`` is an instance of a registered class."""
     return dataclasses.is_dataclass(obj) and hasattr(type(obj), "group")

@@ -217,7 +217,7 @@ def summarise(
         "rejected": rejected,
         "seconds": sum(record["seconds"] for record in rounds),
         "seed": experiment.seed,
-        "codec": str(experiment.codec),
-        "downlink": str(experiment.downlink),
+        "codec": registry.describe(experiment.codec),
+        "downlink": registry.describe(experiment.downlink),
         "versions": versions(),
     }

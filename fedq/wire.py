@@ -28,6 +28,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedq import registry
 from fedq.errors import ConfigError, DecodeError
 from fedq.layout import Layout
@@ -202,21 +205,41 @@ class Frame:
     body: memoryview
 
 
-def seal_frame(codec: Any, layout: Layout, seed: int, body: bytes) -> bytes:
-    """Frame an encoded body; the inverse of :func:`open_frame`."""
-    content = layout.fingerprint + _write_spec(codec) + varint(seed) + body
+def _fingerprint(layout: Layout, reference: NDArray[np.float32] | None) -> bytes:
+    if reference is None:
+        return layout.fingerprint
+    crc = zlib.crc32(np.ascontiguousarray(reference, "<f4").view(np.uint8))
+    return bytes(a ^ b for a, b in zip(layout.fingerprint, crc.to_bytes(4, "little"), strict=True))
+
+
+def seal_frame(
+    codec: Any,
+    layout: Layout,
+    seed: int,
+    body: bytes,
+    reference: NDArray[np.float32] | None = None,
+) -> bytes:
+    """Frame an encoded body; the inverse of :func:`open_frame`.
+
+    A body that can only be decoded beside a reference vector carries its layout's fingerprint xor
+    the CRC-32 of the reference: no byte more, and a wrong reference is noticed.
+    """
+    content = _fingerprint(layout, reference) + _write_spec(codec) + varint(seed) + body
     return _seal(FRAME_MAGIC, content)
 
 
-def open_frame(payload: bytes | memoryview, layout: Layout) -> Frame:
-    """Check a payload's frame against the local layout.
+def open_frame(
+    payload: bytes | memoryview, layout: Layout, reference: NDArray[np.float32] | None = None
+) -> Frame:
+    """Check a payload's frame against the local layout, and the reference if there is one.
 
     Raises:
-      DecodeError: On wrong magic, version, checksum, layout, codec name or codec option.
+      DecodeError: On wrong magic, version, checksum, layout, reference, codec name or option.
     """
     reader = _unseal(FRAME_MAGIC, payload, "payload")
-    if reader.take(len(layout.fingerprint)) != layout.fingerprint:
-        raise DecodeError("payload was made for another model: the layouts differ")
+    if reader.take(len(layout.fingerprint)) != _fingerprint(layout, reference):
+        beside = "" if reference is None else ", or the references do"
+        raise DecodeError(f"payload was made for another model: the layouts differ{beside}")
     codec = _read_spec(reader, "codec")
     seed = reader.varint()
     return Frame(codec, seed, reader.rest())

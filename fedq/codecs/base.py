@@ -44,16 +44,36 @@ class Codec(abc.ABC):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         """Decode a body; :class:`DecodeError` on anything ``_encode`` cannot have written."""
 
-    def encode(self, x: Vector, layout: Layout, seed: int = 0) -> bytes:
+    @property
+    def predictive(self) -> bool:
+        """Whether a reference vector that both ends hold makes payloads shorter."""
+        return False
+
+    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
+        """Encode given the reference; only for predictive codecs."""
+        raise ConfigError(f"codec '{self.name}' cannot use a reference")
+
+    def _decode_beside(
+        self, body: memoryview, reference: Vector, layout: Layout, seed: int
+    ) -> Vector:
+        """Decode given the reference; only for predictive codecs."""
+        raise DecodeError(f"codec '{self.name}' cannot use a reference")
+
+    def encode(
+        self, x: Vector, layout: Layout, seed: int = 0, *, reference: Vector | None = None
+    ) -> bytes:
         """Encode a vector.
 
         Args:
           x: (d,) finite values; converted to float32.
           layout: Names and shapes of the d coordinates.
           seed: Any integer; what is random in the code depends on it and on nothing else.
+          reference: (d,) float32 that the decoder also holds, close to ``x``. It changes the
+            length of the payload, never what is decoded.
 
         Raises:
-          ConfigError: If ``x`` has another shape than the layout, or holds NaN or infinity.
+          ConfigError: If ``x`` has another shape than the layout, or holds NaN or infinity, or the
+            codec is not predictive.
         """
         x = np.ascontiguousarray(x, dtype=np.float32)
         if x.shape != (layout.size,):
@@ -61,31 +81,43 @@ class Codec(abc.ABC):
         if not np.isfinite(x).all():
             raise ConfigError("cannot encode a vector with NaN or infinity")
         seed = int(seed) % 2**SEED_BITS
-        return wire.seal_frame(self, layout, seed, self._encode(x, layout, seed))
+        if reference is None:
+            body = self._encode(x, layout, seed)
+        else:
+            body = self._encode_beside(x, reference, layout, seed)
+        return wire.seal_frame(self, layout, seed, body, reference)
 
-    def decode(self, payload: bytes | memoryview, layout: Layout) -> Vector:
+    def decode(
+        self, payload: bytes | memoryview, layout: Layout, *, reference: Vector | None = None
+    ) -> Vector:
         """Decode a payload of this codec, (d,) float32, with the parameters it carries.
 
         Raises:
-          DecodeError: If the payload is malformed, of another codec or for another layout.
+          DecodeError: If the payload is malformed, of another codec, for another layout or beside
+            another reference.
         """
-        frame = wire.open_frame(payload, layout)
+        frame = wire.open_frame(payload, layout, reference)
         if type(frame.codec) is not type(self):
             raise DecodeError(f"payload is of codec '{frame.codec.name}', not '{self.name}'")
-        return _decode_frame(frame, layout)
+        return _decode_frame(frame, layout, reference)
 
 
-def decode(payload: bytes | memoryview, layout: Layout) -> Vector:
+def decode(
+    payload: bytes | memoryview, layout: Layout, *, reference: Vector | None = None
+) -> Vector:
     """Decode a payload of any registered codec, (d,) float32; see :meth:`Codec.decode`."""
-    return _decode_frame(wire.open_frame(payload, layout), layout)
+    return _decode_frame(wire.open_frame(payload, layout, reference), layout, reference)
 
 
-def _decode_frame(frame: wire.Frame, layout: Layout) -> Vector:
+def _decode_frame(frame: wire.Frame, layout: Layout, reference: Vector | None) -> Vector:
     codec: Codec = frame.codec
     if len(frame.body) > codec.max_body_bytes(layout):
         raise DecodeError(f"payload is too long for {layout.size} coordinates")
     with np.errstate(all="ignore"):  # hostile scales overflow; finiteness is checked below
-        y = codec._decode(frame.body, layout, frame.seed)
+        if reference is None:
+            y = codec._decode(frame.body, layout, frame.seed)
+        else:
+            y = codec._decode_beside(frame.body, reference, layout, frame.seed)
     if y.shape != (layout.size,) or y.dtype != np.float32:
         raise AssertionError(f"codec '{codec.name}' returned {y.dtype} of shape {y.shape}")
     if not np.isfinite(y).all():

@@ -124,7 +124,26 @@ class Uniform(Codec):
         groups = group_sizes(layout, self.scale, self.bucket).size
         return (4 if self.symmetric else 8) * groups + packed_bytes(layout.size, self.bits)
 
-    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
+    @property
+    def predictive(self) -> bool:
+        """Whether levels are nearest and range-coded: the reference's level is the likeliest."""
+        return self.rounding == "nearest" and self.entropy == "range"
+
+    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
+        if not self.predictive:
+            return super()._encode_beside(x, reference, layout, seed)
+        return self._encode(x, layout, seed, reference)
+
+    def _decode_beside(
+        self, body: memoryview, reference: Vector, layout: Layout, seed: int
+    ) -> Vector:
+        if not self.predictive:
+            return super()._decode_beside(body, reference, layout, seed)
+        return self._decode(body, layout, seed, reference)
+
+    def _encode(
+        self, x: Vector, layout: Layout, seed: int, reference: Vector | None = None
+    ) -> bytes:
         sizes = group_sizes(layout, self.scale, self.bucket)
         if not self.symmetric:
             edges = starts(sizes)
@@ -141,12 +160,14 @@ class Uniform(Codec):
         t = (x - grid.offset) / grid.divisor + grid.zero
         code = np.rint(t) if grid.u is None else np.floor(t + grid.u)
         codes = np.clip(code, 0, grid.top).astype(np.int32)
-        centre, side = grid.prediction()
+        centre, side = grid.prediction(reference)
         return head + _integers.encode(
             codes, layout, self.bits, entropy=self.entropy, centre=centre, side=side
         )
 
-    def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
+    def _decode(
+        self, body: memoryview, layout: Layout, seed: int, reference: Vector | None = None
+    ) -> Vector:
         sizes = group_sizes(layout, self.scale, self.bucket)
         if self.symmetric:
             high, body = read_scales(body, sizes.size)
@@ -157,7 +178,7 @@ class Uniform(Codec):
             if (low > high).any():
                 raise DecodeError("the minimum of a group exceeds its maximum")
         grid = _Grid(self, low, high, sizes, seed)
-        centre, side = grid.prediction()
+        centre, side = grid.prediction(reference)
         codes = _integers.decode(
             body, layout, self.bits, entropy=self.entropy, centre=centre, side=side
         )
@@ -195,9 +216,12 @@ class _Grid:
         if codec.rounding != "nearest":
             self.u = fractions(seed, self.step.size, codec.rounding)
 
-    def prediction(self) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
-        """Return the code of a small ``x``, and what the dither says about its neighbours."""
-        t = np.where(self.step > 0, -self.offset / self.divisor, 0.0) + self.zero
+    def prediction(
+        self, reference: Vector | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
+        """Return the code of a small ``x`` or of the reference, and what the dither says of it."""
+        expected = 0.0 if reference is None else reference
+        t = np.where(self.step > 0, (expected - self.offset) / self.divisor, 0.0) + self.zero
         if not self.dithered or self.u is None:
             return np.clip(np.rint(t), 0, self.top).astype(np.int32), None
         t += self.u
