@@ -39,6 +39,10 @@ EMPTY = Layout((), ())
 MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
 
 
+class NoBaseError(FedqError):
+    """A request is the changes to a model that this client does not hold."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One opened request of the server: the global model and what to do with it.
@@ -57,6 +61,7 @@ class Task:
       weights: (d,) float32, the global model as this round's downlink encodes it.
       state: (s,) float32.
       codec: How to encode the delta.
+      kept: Whether the weights are in the store, for the next request to build on.
     """
 
     message: Message
@@ -66,27 +71,59 @@ class Task:
     weights: Vector
     state: Vector
     codec: Codec
+    kept: bool = False
 
     @classmethod
-    def open(cls, message: Message, layout: Layout, state_layout: Layout = EMPTY) -> Task:
-        """Open a request; :class:`DecodeError` if it is not one for this layout."""
+    def open(
+        cls,
+        message: Message,
+        layout: Layout,
+        state_layout: Layout = EMPTY,
+        store: StateStore | None = None,
+    ) -> Task:
+        """Open a request.
+
+        With a ``store``, the model is kept there, and the next request may be the changes alone.
+
+        Raises:
+          DecodeError: If it is not a request for this layout.
+          NoBaseError: If it is the changes to a model that the store has not.
+        """
         envelope = wire.unseal(records.unpack(message.content))
-        return cls._of(message, envelope, layout, state_layout)
+        return cls._of(message, envelope, layout, state_layout, store)
 
     @classmethod
     def _of(
-        cls, message: Message, envelope: wire.Envelope, layout: Layout, state_layout: Layout
+        cls,
+        message: Message,
+        envelope: wire.Envelope,
+        layout: Layout,
+        state_layout: Layout,
+        store: StateStore | None,
     ) -> Task:
+        metadata = envelope.metadata
         if len(envelope.parts) != 2:
             raise DecodeError(f"a request has 2 parts, not {len(envelope.parts)}")
+        base = metadata.get("base")
+        reference = None
+        if base is not None:
+            reference = None if store is None else store.model(int(base), layout)
+            if reference is None:
+                raise NoBaseError(f"the model of round {base} is not here any more")
+        weights = decode(envelope.parts[0], layout, reference=reference)
+        kept = store is not None and metadata.get("keep") is True
+        if kept:
+            assert store is not None
+            store.keep_model(int(metadata["round"]), weights)
         return cls(
             message,
-            envelope.metadata,
+            metadata,
             layout,
             state_layout,
-            decode(envelope.parts[0], layout),
+            weights,
             Identity().decode(envelope.parts[1], state_layout),
-            registry.from_config("codec", envelope.metadata.get("codec")),
+            registry.from_config("codec", metadata.get("codec")),
+            kept,
         )
 
     @property
@@ -131,6 +168,8 @@ class Task:
         metadata: dict[str, Any] = {"round": self.round, "examples": examples}
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
+        if self.kept:
+            metadata["kept"] = True
         return _answer(self.message, wire.Envelope(metadata, [payload, record]))
 
     def drop(self, reason: str) -> Message:
@@ -142,8 +181,9 @@ def _answer(message: Message, envelope: wire.Envelope) -> Message:
     return Message(records.pack(wire.seal(envelope)), reply_to=message)
 
 
-def _dropped(message: Message, server_round: int, reason: str) -> Message:
-    return _answer(message, wire.Envelope({"round": server_round, "dropped": reason[:200]}))
+def _dropped(message: Message, server_round: int, reason: str, **more: bool) -> Message:
+    metadata = {"round": server_round, "dropped": reason[:200], **more}
+    return _answer(message, wire.Envelope(metadata))
 
 
 class Site(Protocol):
@@ -167,11 +207,13 @@ class SimulatedSite:
       data: The registered data set.
       parts: Row indices of each partition, by ``partition-id``.
       state_directory: Where clients keep state between rounds.
+      models: Received models to keep there; one directory serves all simulated clients.
     """
 
     data: Any
     parts: Mapping[int, NDArray[np.int64]]
     state_directory: Path
+    models: int = 2
 
     def identity(self, context: Context) -> int:
         """Return the node's partition."""
@@ -185,8 +227,8 @@ class SimulatedSite:
         return dataset.train_inputs(rows), dataset.y_train[rows]
 
     def store(self, context: Context) -> StateStore:
-        """Return the directory that simulated clients share, each with files of its own."""
-        return StateStore(self.state_directory)
+        """Return the directory that simulated clients share."""
+        return StateStore(self.state_directory, self.models)
 
 
 @dataclass
@@ -195,13 +237,17 @@ class Client:
 
     site: Site
     _trainer: tuple[str, Trainer] | None = field(default=None, repr=False)
-    _opened: tuple[bytes, Task] | None = field(default=None, repr=False)
+    _opened: dict[bytes, Task] = field(default_factory=dict, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer one training request."""
         from fedq.training import Diverged, TrainingConfig
 
-        task = self._open(message)
+        store = self.site.store(context)
+        try:
+            task = self._open(message, store)
+        except NoBaseError as error:  # the server sends the whole model the next time
+            return _dropped(message, int(message.metadata.group_id), str(error), kept=False)
         trainer = self._trainer_for(task.metadata)
         config = TrainingConfig.from_config(task.metadata["training"])
         client = self.site.identity(context)
@@ -219,18 +265,19 @@ class Client:
             client=client,
             loss=trained.loss,
             state=trained.state,
-            store=self.site.store(context),
+            store=store,
         )
 
-    def _open(self, message: Message) -> Task:
+    def _open(self, message: Message, store: StateStore) -> Task:
         blob = records.unpack(message.content)
-        # Simulated clients of one round share the request; a worker decodes it once.
-        if self._opened is not None and self._opened[0] == blob:
-            return dataclasses.replace(self._opened[1], message=message)
+        # Simulated clients of a round share requests; a worker decodes each once.
+        if blob in self._opened:
+            return dataclasses.replace(self._opened[blob], message=message)
         envelope = wire.unseal(blob)
         trainer = self._trainer_for(envelope.metadata)
-        task = Task._of(message, envelope, trainer.layout, trainer.state_layout)
-        self._opened = (blob, task)
+        task = Task._of(message, envelope, trainer.layout, trainer.state_layout, store)
+        opened = {b: t for b, t in self._opened.items() if t.round == task.round}
+        self._opened = {**opened, blob: task}
         return task
 
     def _trainer_for(self, metadata: Mapping[str, Any]) -> Trainer:

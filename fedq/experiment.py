@@ -51,6 +51,8 @@ class Experiment:
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the sampled clients that must succeed for the round to count.
       round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
+      downlink_history: Rounds for which the server remembers what it sent, so that a client which
+        still holds a model gets only the changes; 0 sends the whole model always.
       evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
@@ -74,6 +76,7 @@ class Experiment:
     max_examples: int
     quorum: float
     round_deadline_s: float | None
+    downlink_history: int
     evaluate_every: int
     baseline: bool
     run_dir: str | None
@@ -114,6 +117,11 @@ class Experiment:
             self.round_deadline_s is None or self.round_deadline_s > 0,
             "round_deadline_s must be positive seconds, or null",
             self.round_deadline_s,
+        )
+        _check(
+            0 <= self.downlink_history <= 1000,
+            "downlink_history must be 0 to 1000 rounds",
+            self.downlink_history,
         )
         _check(self.max_examples >= 1, "max_examples must be at least 1", self.max_examples)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedq import registry
 from fedq.data.base import Dataset
@@ -23,7 +24,7 @@ from flwr.serverapp import Grid
 
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
-OPTIMIZER_PREFIX = "optimizer."
+OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
 TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))
 
 
@@ -92,6 +93,7 @@ class _Server:
             max_examples=experiment.max_examples,
             quorum=experiment.quorum,
             deadline_s=experiment.round_deadline_s,
+            history=experiment.downlink_history,
         )
 
     def started(self) -> ServerState:
@@ -125,7 +127,13 @@ class _Server:
             saved.tensors["weights"],
             saved.tensors["state"],
             optimizer,
-            int(saved.meta.get("failures", 0)),
+            int(saved.meta["failures"]),
+            {
+                int(name.removeprefix(BROADCAST_PREFIX)): tensor.tobytes()
+                for name, tensor in saved.tensors.items()
+                if name.startswith(BROADCAST_PREFIX)
+            },
+            {int(node): held for node, held in saved.meta["held"].items()},
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -152,12 +160,17 @@ class _Server:
         record = {**dataclasses.asdict(report), "rejected": dict(report.rejected), **judged}
         record["seconds"] += judged.get("evaluation_seconds", 0.0)
         self.directory.append_round(record)
-        tensors = {"weights": state.weights, "state": state.state}
+        tensors: dict[str, NDArray[Any]] = {"weights": state.weights, "state": state.state}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
+        tensors |= {
+            f"{BROADCAST_PREFIX}{sent}": np.frombuffer(payload, np.uint8)
+            for sent, payload in state.broadcasts.items()
+        }
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         meta = {
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
+            "held": {str(node): held for node, held in state.held.items()},
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:

@@ -67,11 +67,12 @@ def make_site(
     plugins: tuple[str, ...],
     parts: list[NDArray[np.int64]],
     state_directory: Path,
+    models: int,
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
     rows = dict(enumerate(parts))
-    return SimulatedSite(registry.from_config("data", data), rows, state_directory)
+    return SimulatedSite(registry.from_config("data", data), rows, state_directory, models)
 
 
 def run_experiment(
@@ -91,6 +92,7 @@ def run_experiment(
         tuple(experiment.plugins),
         filled,
         path.resolve() / CLIENT_STATE,
+        max(experiment.downlink_history, 1),
     )
     directory = (
         RunDirectory.open(path, needs_checkpoint=False)

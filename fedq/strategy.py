@@ -39,6 +39,7 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
+    RecordDict,
 )
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -61,6 +62,8 @@ class ServerState:
       state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics.
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
+      broadcasts: Recent rounds' encoded global models, by round: what clients may still hold.
+      held: By node, the round of the newest global model it said it keeps.
     """
 
     round: int
@@ -68,6 +71,8 @@ class ServerState:
     state: Vector
     optimizer: Mapping[str, NDArray[np.float32]]
     failures: int = 0
+    broadcasts: Mapping[int, bytes] = field(default_factory=dict)
+    held: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +115,7 @@ class Update:
     state: Vector
     weight: float
     loss: float | None
+    kept: bool
 
 
 class FedQ(Strategy):
@@ -120,7 +126,9 @@ class FedQ(Strategy):
         every client in S_t:  w^ = decode(downlink(w));  train from w^ to w_i;  send codec(w_i - w^)
         server:               w <- optimizer(w, aggregator(decoded deltas, weights))
 
-    The server keeps w in float32, so what the downlink rounds away in one round is not lost.
+    The server keeps w in float32, so what the downlink rounds away in one round is not lost. A
+    client that keeps w^ says so; the next time, a predictive downlink codec sends it only what
+    changed since, and the client decodes the same w^ as everybody else.
 
     Args:
       layout: Names and shapes of the trained tensors.
@@ -136,6 +144,7 @@ class FedQ(Strategy):
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the cohort that must be accepted for the round to count.
       deadline_s: Seconds after which the round closes with the replies at hand.
+      history: Rounds for which the server remembers what it sent; 0 sends the whole model always.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -159,6 +168,7 @@ class FedQ(Strategy):
         max_examples: int = 10_000,
         quorum: float = 0.5,
         deadline_s: float | None = None,
+        history: int = 16,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -173,6 +183,8 @@ class FedQ(Strategy):
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
+        self.history = history if self.downlink.predictive else 0
+        self._decoded: dict[int, tuple[bytes, Vector]] = {}
         self._nodes: tuple[object, list[int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
@@ -200,17 +212,39 @@ class FedQ(Strategy):
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
         nodes = self.sample(grid, report.round)
-        blob = self._blob(before, self.downlink)
         report.sampled = len(nodes)
-        report.downlink_bytes = len(blob) * len(nodes)
+        seed = derive(self.seed, report.round, "downlink")
+        whole = self.downlink.encode(before.weights, self.layout, seed)
+        blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
+        messages = []
+        contents: dict[int | None, RecordDict] = {}
+        for node in nodes:
+            held = before.held.get(node)
+            base = held if held in before.broadcasts else None
+            if base not in blobs:
+                blobs[base] = self._changes(before, base, seed, blobs[None])
+            if base not in contents:
+                contents[base] = records.pack(blobs[base])
+            report.downlink_bytes += len(blobs[base])
+            messages.append(
+                Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
+            )
         # The yardstick is a real message too: the same one with nothing compressed.
-        report.float32_downlink_bytes = len(self._blob(before, Identity())) * len(nodes)
-        content = records.pack(blob)
-        messages = [
-            Message(content, node, MessageType.TRAIN, group_id=str(report.round)) for node in nodes
-        ]
+        plain = self._blob(before, Identity().encode(before.weights, self.layout))
+        report.float32_downlink_bytes = len(plain) * len(nodes)
         slots = {node: slot for slot, node in enumerate(nodes)}
-        return _Round(before, report, messages, slots, start)
+        return _Round(before, report, messages, slots, whole, start)
+
+    def _changes(self, before: ServerState, base: int | None, seed: int, whole: bytes) -> bytes:
+        """Return the message for a client that holds ``base``, the whole one if that is shorter."""
+        assert base is not None
+        payload = before.broadcasts[base]
+        known = self._decoded.get(base)
+        if known is None or known[0] is not payload:
+            self._decoded = {r: kept for r, kept in self._decoded.items() if r in before.broadcasts}
+            self._decoded[base] = known = payload, self.downlink.decode(payload, self.layout)
+        changes = self.downlink.encode(before.weights, self.layout, seed, reference=known[1])
+        return min(self._blob(before, changes, base), whole, key=len)
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -241,16 +275,17 @@ class FedQ(Strategy):
         chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _blob(self, before: ServerState, downlink: Codec) -> bytes:
-        server_round = before.round + 1
+    def _blob(self, before: ServerState, model: bytes, base: int | None = None) -> bytes:
         metadata = {
             **self.task,
-            "round": server_round,
+            "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
         }
-        seed = derive(self.seed, server_round, "downlink")
-        model = downlink.encode(before.weights, self.layout, seed)
+        if self.history:
+            metadata["keep"] = True
+        if base is not None:
+            metadata["base"] = base
         state = Identity().encode(before.state, self.state_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
@@ -258,21 +293,26 @@ class FedQ(Strategy):
         before, report = current.before, current.report
         combine = (
             _Streamed(self.aggregator, self.layout.size)
-            if (self.aggregator.streaming)
+            if self.aggregator.streaming
             else _Collected(self.aggregator)
         )
         states = _Streamed(Mean(), self.state_layout.size)
         float32_bytes = len(self._reply_yardstick(before))
         losses: list[tuple[float, float]] = []
+        held = dict(before.held)
         for reply in replies:
             try:
                 slot, update = self._open(reply, current, float32_bytes)
             except RejectedError as error:
                 report.reject(error.kind, str(error))
+                if error.kind == "no base":
+                    held.pop(reply.metadata.src_node_id, None)
                 continue
             combine.add(slot, update.delta, update.weight)
             states.add(slot, update.state, update.weight)
             report.replies += 1
+            if update.kept:
+                held[reply.metadata.src_node_id] = report.round
             if update.loss is not None:
                 losses.append((update.loss, update.weight))
         if current.waiting:
@@ -281,6 +321,8 @@ class FedQ(Strategy):
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, combine, states)
+        if self.history:
+            after = dataclasses.replace(after, held=held, broadcasts=self._recent(current, held))
         report.seconds = time.perf_counter() - current.start
         if after.failures >= PATIENCE:
             why = report.reasons[0] if report.reasons else "no reply before the deadline"
@@ -289,6 +331,13 @@ class FedQ(Strategy):
                 f"updates of {report.sampled}; in the last one: {why}"
             )
         return after
+
+    def _recent(self, current: _Round, held: Mapping[int, int]) -> dict[int, bytes]:
+        """Return the broadcasts that some client holds and that are recent enough."""
+        now = current.report.round
+        sent = {**current.before.broadcasts, now: current.whole}
+        needed = set(held.values())
+        return {r: payload for r, payload in sent.items() if r in needed and r > now - self.history}
 
     def _step(
         self, current: _Round, combine: _Streamed | _Collected, states: _Streamed
@@ -342,7 +391,8 @@ class FedQ(Strategy):
         if metadata.get("round") != report.round:
             raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
         if "dropped" in metadata:
-            raise RejectedError("dropped", str(metadata["dropped"]))
+            kind = "no base" if metadata.get("kept") is False else "dropped"
+            raise RejectedError(kind, str(metadata["dropped"]))
         examples, loss = metadata.get("examples"), metadata.get("loss")
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise RejectedError("malformed", f"claims {examples!r} examples")
@@ -359,7 +409,8 @@ class FedQ(Strategy):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        return slot, Update(delta, state, weight, None if loss is None else float(loss))
+        kept = metadata.get("kept") is True
+        return slot, Update(delta, state, weight, None if loss is None else float(loss), kept)
 
     # --- Flower's interface ------------------------------------------------------------------
 
@@ -447,6 +498,7 @@ class _Round:
     report: RoundReport
     messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
+    whole: bytes
     start: float
 
 

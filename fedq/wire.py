@@ -208,7 +208,7 @@ class Frame:
 def _fingerprint(layout: Layout, reference: NDArray[np.float32] | None) -> bytes:
     if reference is None:
         return layout.fingerprint
-    crc = zlib.crc32(np.ascontiguousarray(reference, "<f4").view(np.uint8))
+    crc = zlib.crc32(reference.astype("<f4").tobytes())
     return bytes(a ^ b for a, b in zip(layout.fingerprint, crc.to_bytes(4, "little"), strict=True))
 
 

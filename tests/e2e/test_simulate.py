@@ -1,0 +1,302 @@
+"""``fedq simulate`` as a user runs it: real processes, real kills, the same result every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedq import config
+
+SMALL = (
+    "data=digits",
+    "clients=12",
+    "clients_per_round=4",
+    "local_epochs=1",
+    "rounds=4",
+    "baseline=false",
+)
+EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experiment").glob("*.yaml"))
+
+
+def fedq(*arguments: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedq.cli", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def simulate(cwd: Path, name: str, *overrides: object) -> dict[str, object]:
+    fedq("simulate", *SMALL, f"run_dir={name}", *overrides, cwd=cwd)
+    return summary(cwd / name)
+
+
+def summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def rounds(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("reference")
+    simulate(directory, "run", "engine.workers=2")
+    return directory / "run"
+
+
+def test_the_run_directory_holds_the_contract(reference: Path) -> None:
+    found = summary(reference)
+    for key in (
+        "accuracy float_accuracy rounds clients parameters uplink_bytes downlink_bytes "
+        "uplink_bits_per_parameter downlink_bits_per_parameter float32_uplink_bytes seconds seed "
+        "model_sha256 versions"
+    ).split():
+        assert key in found, key
+    names = {path.name for path in reference.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "rounds.jsonl",
+        "summary.json",
+        "model.safetensors",
+        "checkpoint",
+        "accuracy_vs_bytes.png",
+    }
+    digest = hashlib.sha256((reference / "model.safetensors").read_bytes()).hexdigest()
+    assert found["model_sha256"] == digest
+    assert [record["round"] for record in rounds(reference)] == [0, 1, 2, 3, 4]
+    for direction in ("uplink_bytes", "downlink_bytes"):
+        assert found[direction] == sum(record[direction] for record in rounds(reference))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_same_seed_same_model_for_any_number_of_workers(
+    reference: Path, tmp_path: Path, workers: int
+) -> None:
+    again = simulate(tmp_path, "run", f"engine.workers={workers}")
+    assert again["model_sha256"] == summary(reference)["model_sha256"]
+
+
+def test_another_seed_is_another_model(reference: Path, tmp_path: Path) -> None:
+    other = simulate(tmp_path, "run", "seed=1")
+    assert other["model_sha256"] != summary(reference)["model_sha256"]
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_model(reference: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    again = simulate(tmp_path, "run", "engine=ray", "engine.workers=2")
+    assert again["model_sha256"] == summary(reference)["model_sha256"]
+
+
+@pytest.mark.parametrize("codec", ["dithered", "top_k_feedback"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_is_equal_to_uninterrupted(
+    tmp_path: Path, codec: str, how: signal.Signals
+) -> None:
+    options = (f"codec={codec}", "rounds=8", "server_optimizer=adam")
+    whole = simulate(tmp_path, "whole", *options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, *options, "run_dir=cut"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    lines = tmp_path / "cut" / "rounds.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 4):
+        time.sleep(0.01)
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal sends it: to the workers, too
+    else:
+        process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert not (tmp_path / "cut" / "summary.json").exists(), "it finished before the kill"
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert "resume=cut" in errors
+    done = fedq("simulate", "resume=cut", "engine.workers=1", cwd=tmp_path)
+    assert "round 8/8" in done.stdout
+    assert summary(tmp_path / "cut")["model_sha256"] == whole["model_sha256"]
+    assert [record["round"] for record in rounds(tmp_path / "cut")] == list(range(9))
+    for key in ("uplink_bytes", "downlink_bytes", "accuracy"):
+        assert summary(tmp_path / "cut")[key] == whole[key]
+
+
+def test_a_finished_run_can_be_extended(reference: Path, tmp_path: Path) -> None:
+    simulate(tmp_path, "run", "rounds=2")
+    fedq("simulate", "resume=run", "rounds=4", cwd=tmp_path)
+    assert summary(tmp_path / "run")["model_sha256"] == summary(reference)["model_sha256"]
+
+
+def test_the_baseline_runs_beside(tmp_path: Path) -> None:
+    done = fedq("simulate", *SMALL, "baseline=true", "run_dir=run", cwd=tmp_path)
+    float_run, quantized = summary(tmp_path / "run" / "baseline"), summary(tmp_path / "run")
+    assert float_run["accuracy"] == float_run["float_accuracy"]
+    assert quantized["uplink_bytes"] < float_run["uplink_bytes"] / 10  # type: ignore[operator]
+    assert quantized["downlink_bytes"] < float_run["downlink_bytes"] / 3  # type: ignore[operator]
+    assert "float FedAvg" in done.stdout
+    again = fedq("report", "run", cwd=tmp_path)
+    assert "float FedAvg" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_one_round(experiment: str, tmp_path: Path) -> None:
+    fedq(
+        "simulate",
+        f"experiment={experiment}",
+        "rounds=1",
+        "local_epochs=1",
+        "clients_per_round=2",
+        "baseline=false",
+        "run_dir=run",
+        cwd=tmp_path,
+    )
+    assert summary(tmp_path / "run")["rounds"] == 1
+
+
+def test_a_sweep_runs_every_cell_and_reports_failures(tmp_path: Path) -> None:
+    done = fedq(
+        "simulate", "-m", *SMALL, "rounds=1", "codec=sign,ternary", "learning_rate=0.1,1e30",
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "[4/4]" in done.stdout
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) >= 2
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def fails(cwd: Path, status: int, message: str, *overrides: object) -> str:
+    done = fedq("simulate", *SMALL, *overrides, cwd=cwd, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("fedq: ")
+    assert message in last, last
+    return done.stdout + done.stderr
+
+
+def test_wrong_options(tmp_path: Path) -> None:
+    fails(tmp_path, 2, "did you mean 'uniform'", "codec=unifrom")
+    fails(tmp_path, 2, "unknown flag '--rounds'", "--rounds")
+    fails(tmp_path, 2, "missing.npz", "data=npz", "data.path=missing.npz")
+    fails(tmp_path, 2, "clients", "partition=natural")
+    fails(tmp_path, 2, "", "resume=nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails(tmp_path, 2, "file", "run_dir=file/run")
+
+
+def test_two_runs_into_one_directory(reference: Path, tmp_path: Path) -> None:
+    fails(tmp_path, 2, "already holds a run", f"run_dir={reference}")
+
+
+def test_more_clients_than_examples(tmp_path: Path) -> None:
+    done = fedq(
+        "simulate", *SMALL, "clients=3000", "clients_per_round=4", "rounds=1", "run_dir=run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "have no data and take no part" in done.stdout + done.stderr
+
+
+def test_a_diverging_learning_rate(tmp_path: Path) -> None:
+    text = fails(tmp_path, 1, "3 rounds in a row", "learning_rate=1e30", "run_dir=run")
+    assert "dropped" in text
+    assert (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    simulate(tmp_path, "run", "rounds=1")
+    path = tmp_path / "run" / "config.yaml"
+    (tmp_path / "run" / "summary.json").unlink()
+    path.write_text(path.read_text().replace("name: auto", "name: mlp"))
+    done = fedq("simulate", "resume=run", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "another model" in done.stderr
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    limited = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "from fedq.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "simulate", *SMALL, "run_dir=run", "model=small_cnn"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("fedq: ")
+
+
+# --- other people's data ------------------------------------------------------------------------
+
+
+def _foreign_images(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ten classes of 20 x 24 colour images: a bright bar at a class's place and angle."""
+    y = rng.integers(0, 10, n)
+    x = rng.normal(60, 40, (n, 20, 24, 3))
+    rows = np.arange(20)
+    for i, label in enumerate(y):
+        at = 2 + 2 * (label % 5) + rng.integers(0, 2)
+        slope = 0.8 if label >= 5 else 0.0
+        columns = np.clip(at * 1.6 + slope * (rows - 10), 0, 23).astype(int)
+        x[i, rows, columns] += 150
+    return x.clip(0, 255).astype(np.uint8), y
+
+
+def _foreign_series(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Six classes of two-channel series: a class's frequency at a random phase, and drift."""
+    y = rng.integers(0, 6, n)
+    t = np.arange(96) / 96
+    phase = rng.uniform(0, 2 * np.pi, (n, 1))
+    wave = np.sin(2 * np.pi * (2 + 3 * y)[:, None] * t + phase)
+    x = np.stack([wave + rng.normal(0, 0.5, wave.shape), rng.normal(0, 1, wave.shape)], -1)
+    return (100 * x + 500).astype(np.float32), y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [_foreign_images, _foreign_series])
+def test_foreign_data_reaches_float_accuracy(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(0)
+    (x_train, y_train), (x_test, y_test) = make(rng, 1600), make(rng, 500)
+    np.savez(tmp_path / "data.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    fedq(
+        "simulate", "data=npz", "data.path=data.npz", "clients=20", "rounds=15",
+        "local_epochs=3", "run_dir=run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    quantized, plain = summary(tmp_path / "run"), summary(tmp_path / "run" / "baseline")
+    assert plain["accuracy"] > 0.9  # type: ignore[operator]
+    assert quantized["accuracy"] >= plain["accuracy"] - 0.01  # type: ignore[operator]

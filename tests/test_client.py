@@ -1,0 +1,133 @@
+"""The client and the whole path of bytes: what the server counts is what a grid saw."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.grids import CountingGrid, InlineGrid, toy_app
+
+from fedq import Layout, build, config, registry, server, simulation
+from fedq.client import SimulatedSite, Task, client_app
+from fedq.data.base import load
+from fedq.engines.local import LocalGrid
+from fedq.errors import ConfigError, FedqError
+from fedq.results import RunDirectory
+from fedq.state import StateStore
+from fedq.strategy import FedQ
+
+# isort: split
+from flwr.app import Message
+
+TINY = ["data=digits", "clients=6", "clients_per_round=3", "rounds=2", "local_epochs=1"]
+
+
+@pytest.mark.parametrize("codec", ["dithered", "identity", "top_k_feedback"])
+def test_bytes_in_rounds_are_bytes_a_counting_grid_saw(tmp_path: Path, codec: str) -> None:
+    experiment = config.load([*TINY, f"codec={codec}"])
+    dataset = load(experiment.data)
+    parts = simulation.partition(experiment, dataset)
+    site = partial(
+        simulation.make_site, registry.to_config(experiment.data), (), parts, tmp_path / "state", 16
+    )
+    with (
+        LocalGrid(partial(client_app, site), len(parts), workers=2) as grid,
+        RunDirectory.create(tmp_path / "run", experiment.to_config()) as directory,
+    ):
+        counting = CountingGrid(grid)
+        summary = server.run(counting, experiment, dataset, directory)
+        records = directory.rounds()
+    assert counting.up == summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in records)
+    assert counting.down == summary["downlink_bytes"] == sum(r["downlink_bytes"] for r in records)
+    assert counting.up > 0
+
+
+def test_a_client_without_data_says_so(tmp_path: Path) -> None:
+    experiment = config.load(TINY)
+    rows = {0: np.arange(0), 1: np.arange(50)}
+    app = client_app(lambda: SimulatedSite(experiment.data, rows, tmp_path))
+    with LocalGrid(lambda: app, 2, workers=1) as grid:
+        directory = RunDirectory.create(tmp_path / "run", {})
+        server.run(
+            grid,
+            experiment.replace(clients=2, clients_per_round=2, rounds=1),
+            load(experiment.data),
+            directory,
+        )
+        (_, record) = directory.rounds()
+    assert record["rejected"] == {"dropped": 1}
+    assert "client 0 has no training data" in record["reasons"][0]
+
+
+LAYOUT = Layout.flat(6)
+
+
+def test_error_feedback_keeps_what_was_lost(tmp_path: Path) -> None:
+    codec = build("codec", "error_feedback", inner={"name": "top_k", "fraction": 0.3})
+    store = StateStore(tmp_path)
+    rng = np.random.default_rng(0)
+    deltas = rng.normal(size=(5, 6)).astype(np.float32)
+    sent = []
+
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT)
+        return task.reply(deltas[task.round - 1], examples=1, client=partition, store=store)
+
+    grid = InlineGrid(handle, 1)
+    fedq = FedQ(layout=LAYOUT, codec=codec)
+    state = fedq.initial(np.zeros(6, np.float32))
+    for _ in range(5):
+        after, _ = fedq.run_round(grid, state)
+        sent.append(after.weights - state.weights)
+        state = after
+    residual = store.residual(0, 99, LAYOUT)
+    np.testing.assert_allclose(np.sum(sent, 0) + residual, deltas.sum(0), atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_residual_of_the_future_is_not_used(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    store.keep_residual(4, 1, np.full(6, 1, np.float32))
+    store.keep_residual(4, 2, np.full(6, 2, np.float32))
+    assert store.residual(4, 2, LAYOUT)[0] == 1
+    assert store.residual(4, 3, LAYOUT)[0] == 2
+    assert store.residual(4, 1, LAYOUT)[0] == 0
+    assert store.residual(5, 3, LAYOUT)[0] == 0
+    (tmp_path / "residual-4-000002.f32").write_bytes(b"torn")
+    assert store.residual(4, 3, LAYOUT)[0] in (0, 1)
+
+
+def test_error_feedback_without_a_store_is_refused() -> None:
+    codec = build("codec", "error_feedback", inner="sign")
+
+    def handle(message: Message, partition: int) -> Message:
+        with pytest.raises(ConfigError, match="needs a store"):
+            Task.open(message, LAYOUT).reply(np.ones(6, np.float32), examples=1, client=0)
+        return Task.open(message, LAYOUT).drop("tested")
+
+    fedq = FedQ(layout=LAYOUT, codec=codec)
+    fedq.run_round(InlineGrid(handle, 1), fedq.initial(np.zeros(6, np.float32)))
+
+
+def test_an_unwritable_store_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedqError, match="cannot keep client state"):
+        StateStore(tmp_path / "file").keep_residual(0, 1, np.zeros(6, np.float32))
+
+
+def test_a_flower_app_of_one_s_own_needs_three_lines() -> None:
+    """The third user: compression in their own Flower app."""
+    target = np.linspace(-1, 1, 6).astype(np.float32)
+
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT)
+        return task.reply(0.5 * (target - task.weights), examples=10, client=partition)
+
+    fedq = FedQ(layout=LAYOUT, codec=build("codec", "uniform", bits=6, rounding="dithered"))
+    with LocalGrid(lambda: toy_app(handle), 8, workers=2) as grid:
+        state = fedq.initial(np.zeros(6, np.float32))
+        for _ in range(12):
+            state, _ = fedq.run_round(grid, state)
+    np.testing.assert_allclose(state.weights, target, atol=0.01)

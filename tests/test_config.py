@@ -1,0 +1,129 @@
+"""Configuration: what is unknown, misspelt or ill-typed is refused with the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedq import config
+from fedq.errors import ConfigError
+from fedq.experiment import CHOICES, Experiment
+
+EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["codec=unifrom"], "unknown codec 'unifrom'; did you mean 'uniform'"),
+        (["codec.bitz=4"], "'bitz'; did you mean 'bits'"),
+        (["codec.bits=four"], "codec.bits must be int, not 'four'"),
+        (["codec.bits=4.0"], "codec.bits must be int, not 4.0"),
+        (["codec.bits=true"], "codec.bits must be int, not True"),
+        (["codec.bits=99"], "1 to 16"),
+        (["downlink.bits=x"], "downlink.bits must be int"),
+        (["downlink=nope"], "unknown downlink 'nope'"),
+        (["codec=top_k", "codec.inner=fp8"], "unknown codec 'fp8'; did you mean 'fp16'"),
+        (["codec.inner.bits=4"], "unknown option of codec=uniform 'inner'"),
+        (["round=3"], "unknown option 'round'; did you mean 'rounds'"),
+        (["rounds=three"], "rounds must be int"),
+        (["rounds=0"], "rounds must be at least 1"),
+        (["rounds=null"], "rounds must be int"),
+        (["clients=0"], "clients must be at least 1"),
+        (["clients_per_round=0"], "clients_per_round must be"),
+        (["clients_per_round=1.5"], "clients_per_round must be"),
+        (["clients_per_round=100", "clients=10"], "at most clients=10"),
+        (["learning_rate=-1"], "learning_rate"),
+        (["batch_size=0"], "batch_size"),
+        (["quorum=2"], "quorum"),
+        (["engine.workers=-1"], "engine.workers"),
+        (["experiment=fedadm"], "did you mean 'fedadam'"),
+        (["rounds"], "write option=value"),
+        (["+rounds=3"], "without + or ~"),
+        (["~codec"], "without + or ~"),
+        (["seed=1,2"], "add -m to sweep"),
+        (["data.name=5"], "data=mnist5k has no option 'name'"),
+        (["data=npz"], "data=npz needs data.path"),
+        (["plugins=[missing.py]"], "is not a Python file"),
+        (["model.layers=3"], "option of model=auto 'layers'"),
+        (["weighting=size"], "weighting"),
+        (["baseline=maybe"], "baseline must be bool"),
+        (["rounds.more=1"], "has no options"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", *EXPERIMENTS])
+def test_every_experiment_round_trips(name: str) -> None:
+    experiment = config.load([f"experiment={name}"] if name else [])
+    assert Experiment.from_config(experiment.to_config()) == experiment
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_preset_builds(choice: str) -> None:
+    directory = config.conf_directory() / choice
+    for name in [path.stem for path in directory.glob("*.yaml")]:
+        assert getattr(config.load([f"{choice}={name}"]), choice) is not None
+
+
+def test_options_reach_the_object() -> None:
+    experiment = config.load(
+        ["codec=top_k", "codec.fraction=0.1", "codec.inner=uniform", "codec.inner.bits=3"]
+    )
+    assert experiment.codec.fraction == 0.1
+    assert experiment.codec.inner.bits == 3
+    assert config.load(["engine.workers=2", "data.seed=3"]).engine.workers == 2
+
+
+def test_a_later_override_wins_over_an_experiment() -> None:
+    assert config.load(["experiment=fedprox", "local_epochs=1"]).local_epochs == 1
+
+
+def test_baseline_is_the_same_federation_in_float() -> None:
+    experiment = config.load(["seed=7", "rounds=3", "codec.bits=4", "clients=9", "clients_per_round=3"])
+    baseline = config.baseline_of(experiment)
+    assert baseline is not None
+    assert baseline.codec.name == baseline.downlink.name == "identity"
+    assert baseline.quantization.name == "none"
+    assert (baseline.seed, baseline.rounds, baseline.clients) == (7, 3, 9)
+    assert config.baseline_of(baseline) is None
+
+
+def test_plugins_register_new_names(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import numpy as np\n"
+        "from fedq.codecs.identity import Identity\n"
+        "from fedq.registry import register\n"
+        "@register('codec', 'mine')\n"
+        "class Mine(Identity):\n"
+        "    level: int = 1\n"
+    )
+    experiment = config.load([f"plugins=[{plugin}]", "codec=mine", "codec.level=2"])
+    assert experiment.codec.level == 2
+
+
+def test_a_failing_plugin_is_one_line(tmp_path: Path) -> None:
+    plugin = tmp_path / "broken.py"
+    plugin.write_text("raise RuntimeError('oops')\n")
+    with pytest.raises(ConfigError, match="broken.py fails: RuntimeError: oops"):
+        config.load([f"plugins=[{plugin}]"])
+
+
+def test_resume_changes_only_what_may_change() -> None:
+    saved = config.load(["rounds=5"]).to_config()
+    assert config.load_resumed(saved, ["rounds=9", "engine.workers=2"]).rounds == 9
+    with pytest.raises(ConfigError, match="'codec' cannot change"):
+        config.load_resumed(saved, ["codec.bits=2"])
+
+
+def test_sweeps_expand() -> None:
+    assert config.sweep(["seed=range(0,3)", "codec=sign,ternary"]) == [
+        [f"seed={seed}", f"codec={codec}"] for seed in range(3) for codec in ("sign", "ternary")
+    ]
