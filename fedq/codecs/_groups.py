@@ -23,16 +23,17 @@ def group_sizes(layout: Layout, sharing: Sharing, bucket: int) -> NDArray[np.int
     >>> group_sizes(Layout.of({"w": np.ones((2, 3)), "b": np.ones(2)}), "channel", 0).tolist()
     [3, 3, 2]
     """
-    d = layout.size
-    if sharing == "model":
-        sizes = [d]
-    elif sharing == "tensor":
-        sizes = [t.size for t in layout]
+    if sharing == "bucket":
+        full, rest = divmod(layout.size, bucket)
+        sizes = np.append(np.full(full, bucket), rest)
     elif sharing == "channel":
-        sizes = [t.size // t.rows for t in layout if t.size for _ in range(t.rows)]
+        rows = [tensor.rows for tensor in layout]
+        sizes = np.repeat([tensor.size // max(tensor.rows, 1) for tensor in layout], rows)
+    elif sharing == "tensor":
+        sizes = np.array([tensor.size for tensor in layout])
     else:
-        sizes = [bucket] * (d // bucket) + [d % bucket]
-    return np.array([size for size in sizes if size], np.int64)
+        sizes = np.array([layout.size])
+    return sizes[sizes > 0].astype(np.int64)
 
 
 def starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

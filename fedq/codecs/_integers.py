@@ -25,7 +25,9 @@ def encode(
     centre: int | Codes = 0,
     side: NDArray[np.uint8] | None = None,
 ) -> bytes:
-    """Encode codes; at most ``packed_bytes(layout.size, bits)`` bytes, and no others tell which.
+    """Encode codes in at most ``packed_bytes(layout.size, bits)`` bytes.
+
+    A range code is always shorter than that, packed codes never are: the length tells which it is.
 
     Args:
       codes: (d,) int32 in [0, 2**bits).

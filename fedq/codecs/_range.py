@@ -21,6 +21,7 @@ trailing zero bytes are dropped, and the decoder checks both. Reads past the end
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -92,7 +93,10 @@ def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _jit(function: Any) -> Any:
-    return numba.njit(cache=True, nogil=True)(function)
+    compiled = numba.njit(nogil=True)(function)
+    with suppress(RuntimeError):  # read-only disk: compile in every process
+        compiled.enable_caching()
+    return compiled
 
 
 @_jit

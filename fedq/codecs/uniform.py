@@ -86,6 +86,7 @@ class Uniform(Codec):
         {"bits": 4, "rounding": "dithered", "scale": "model"},
         {"bits": 2, "rounding": "dithered", "scale": "bucket", "bucket": 64},
         {"bits": 6, "rounding": "dithered", "symmetric": False},
+        {"bits": 1, "rounding": "dithered", "symmetric": False},
         {"bits": 4, "rounding": "stochastic", "scale": "channel"},
         {"bits": 1, "rounding": "stochastic"},
         {"bits": 3, "rounding": "stochastic", "symmetric": False, "entropy": "packed"},
