@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedq import DecodeError, Layout, build, codecs, wire
 from fedq.codecs import Codec
+from fedq.codecs._bits import pack, unpack
 from fedq.codecs._groups import group_sizes, starts
 from fedq.errors import ConfigError
 from fedq.feedback import compensate
@@ -540,6 +541,23 @@ def test_hand_made_bodies_are_refused(config, body):
     assert len(body) <= codec.max_body_bytes(layout)
     with pytest.raises(DecodeError):
         codecs.decode(reframed(codec, layout, body), layout)
+
+
+@given(st.integers(1, 16), st.lists(st.integers(0, 2**16 - 1), max_size=40))
+def test_packed_codes(bits, numbers):
+    codes = np.array(numbers, np.int32).reshape(-1) & ((1 << bits) - 1)
+    body = pack(codes, bits)
+    assert np.array_equal(unpack(body, codes.size, bits), codes)
+    number = sum(int(code) << (bits * i) for i, code in enumerate(codes))
+    assert int.from_bytes(body, "little") == number
+    spare = 8 * len(body) - bits * codes.size
+    if spare:
+        with pytest.raises(DecodeError, match="padding"):
+            unpack(body[:-1] + bytes([body[-1] | 128]), codes.size, bits)
+    for wrong in (body + b"\0", body[:-1]):
+        if wrong != body:
+            with pytest.raises(DecodeError):
+                unpack(wrong, codes.size, bits)
 
 
 def test_payload_of_another_codec_is_refused():
