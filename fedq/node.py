@@ -8,21 +8,26 @@ takes its data from them in a simulation, and from its own node configuration on
 
 from __future__ import annotations
 
-import os
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from fedq import config, progress, registry, server, simulation
-from fedq.client import Client, SimulatedSite
+from fedq.client import Client, SimulatedSite, Site
 from fedq.data.base import load
 from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
-from fedq.results import RunDirectory, default_run_path
+from fedq.report import report
+from fedq.results import RunDirectory, default_run_path, read_config
+from fedq.state import StateStore
 
 # isort: split
 from flwr.app import Context
@@ -31,17 +36,32 @@ from flwr.serverapp import Grid
 _CLIENTS: dict[str, Client] = {}
 
 
+def _overrides(context: Context) -> list[str]:
+    """Return the overrides in a run's configuration; what may not come by wire is refused."""
+    text = str(context.run_config.get("hydra", ""))
+    try:
+        overrides = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"cannot read hydra={text!r}: {error}") from None
+    if any(config.option([text], "plugins") for text in overrides):
+        raise ConfigError("plugins are files of the local machine; use them with fedq simulate")
+    return overrides
+
+
 def experiment_of(context: Context) -> Experiment:
-    """Return the experiment in a run's configuration.
+    """Return the experiment in a run's configuration, or the one it resumes.
 
     Raises:
       ConfigError: On a wrong override, or one that only the local command line may give.
     """
-    text = context.run_config.get("hydra", "")
-    overrides = shlex.split(str(text))
-    if config.option(overrides, "plugins"):
-        raise ConfigError("plugins are files of the local machine; use them with fedq simulate")
-    return config.load(overrides)
+    overrides = _overrides(context)
+    resume = config.option(overrides, "resume")
+    if resume is None:
+        return config.load(overrides)
+    saved = read_config(Path(str(resume)))
+    if saved.get("plugins"):
+        raise ConfigError(f"{resume} uses plugins; resume it with fedq simulate")
+    return config.load_resumed(saved, overrides).replace(run_dir=str(resume))
 
 
 def client_of(context: Context) -> Client:
@@ -54,34 +74,79 @@ def client_of(context: Context) -> Client:
     return _CLIENTS[key]
 
 
-def _site(context: Context) -> SimulatedSite:
-    node: dict[str, Any] = dict(context.node_config)
-    directory = Path(str(node.get("state-dir", Path.home() / ".fedq"))) / str(context.run_id)
-    if "data" in node:  # a device: all of its data is its own
-        options = {k.removeprefix("data-"): v for k, v in node.items() if k.startswith("data-")}
-        data = registry.build("data", str(node["data"]), **options)
-        own = int(node.get("partition-id", context.node_id))
-        rows = torch.arange(len(load(data).y_train)).numpy()
-        return SimulatedSite(data, {own: rows}, directory)
-    experiment = experiment_of(context).replace(clients=int(node["num-partitions"]))
+@dataclass(frozen=True)
+class DeviceSite:
+    """A real device: all rows of its own data set, and a number that its owner may give it.
+
+    Args:
+      data: The registered data set, named in the node's own configuration.
+      state_directory: Where the device keeps state between rounds.
+    """
+
+    data: Any
+    state_directory: Path
+
+    def identity(self, context: Context) -> int:
+        """Return ``partition-id``; without one, the number that Flower gave to the node."""
+        return int(context.node_config.get("partition-id", context.node_id))
+
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the training half of the device's data."""
+        dataset = load(self.data)
+        return dataset.train_inputs(np.arange(len(dataset.y_train))), dataset.y_train
+
+    def store(self, context: Context) -> StateStore:
+        """Return the device's own directory."""
+        return StateStore(self.state_directory)
+
+
+def _site(context: Context) -> Site:
+    """Return the site of a node: a device if its configuration names data, else a partition."""
+    node: Mapping[str, Any] = context.node_config
+    own = Path(str(node.get("state-dir", Path.home() / ".fedq"))) / str(context.run_id)
+    if "data" in node:
+        options = {
+            key.removeprefix("data-").replace("-", "_"): value
+            for key, value in node.items()
+            if key.startswith("data-")
+        }
+        return DeviceSite(registry.build("data", str(node["data"]), **options), own)
+    if "num-partitions" not in node:
+        raise ConfigError(
+            'this node has no data; start it with --node-config \'data="npz" data-path="FILE"\''
+        )
+    experiment = _sized(experiment_of(context), int(node["num-partitions"]))
     parts = simulation.partition(experiment, load(experiment.data))
-    return SimulatedSite(experiment.data, dict(enumerate(parts)), directory)
+    if experiment.run_dir is not None:
+        own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
+    models = max(experiment.downlink_history, 1)
+    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
+
+
+def _sized(experiment: Experiment, nodes: int) -> Experiment:
+    """Return the experiment for as many clients as the federation has nodes."""
+    cohort = experiment.clients_per_round
+    if isinstance(cohort, int):
+        cohort = min(cohort, nodes)
+    return experiment.replace(clients=nodes, clients_per_round=cohort)
 
 
 def serve(grid: Grid, context: Context) -> None:
     """Run a ServerApp's experiment over the grid that Flower gives it."""
     torch.set_num_threads(1)
+    resumed = config.option(_overrides(context), "resume") is not None
     experiment = experiment_of(context)
-    nodes = len(list(grid.get_node_ids()))
-    experiment = experiment.replace(clients=max(nodes, 1))
+    experiment = _sized(experiment, max(len(list(grid.get_node_ids())), 1))
     path = Path(experiment.run_dir or default_run_path()).expanduser().resolve()
     console = Console(force_terminal=False, width=200)
     progress.log_to(console)
-    with (
-        RunDirectory.create(path, experiment.to_config()) as directory,
-        progress.watch(console)(experiment) as observer,
-    ):
-        server.run(
-            StreamGrid(grid), experiment, load(experiment.data), directory, observer=observer
-        )
-    console.print(f"results  {path}  (pid {os.getpid()})", soft_wrap=True)
+    opened = (
+        RunDirectory.open(path)
+        if resumed
+        else RunDirectory.create(path, experiment.replace(run_dir=str(path)).to_config())
+    )
+    with opened as directory, progress.watch(console)(experiment) as observer:
+        dataset = load(experiment.data)
+        server.run(StreamGrid(grid), experiment, dataset, directory, observer=observer)
+    console.print(report([path]))
+    console.print(f"results  {path}", soft_wrap=True, highlight=False)
