@@ -24,8 +24,8 @@ Book = NDArray[np.float32]
 class Codebook(Codec):
     """Round to at most ``2**bits`` levels fitted to the values by k-means.
 
-    Lloyd's iteration runs on sorted values with prefix sums, from quantiles: O(d log d), the same
-    on every run. A group with no more distinct values than levels is exact.
+    Lloyd's iteration runs on sorted values with prefix sums: O(d log d), the same on every run.
+    A group with no more distinct values than levels is exact.
 
     ``nearest`` minimises the squared error. ``stochastic`` moves the end levels to the minimum and
     maximum and goes to the upper of the levels l < h around ``x`` with probability
@@ -145,7 +145,14 @@ def _lloyd(values: Wide, count: int, iterations: int) -> Wide:
     if distinct.size <= count:
         return distinct
     total = np.concatenate([[0.0], np.cumsum(values)])
-    edges = np.arange(count + 1) * values.size // count
+    # Start near the best level density, (sample density)**(1/3) (Panter and Dite 1951): a gap g
+    # between sample quantiles gets a share g**(3/4) of the levels, by square roots, which every
+    # machine rounds alike (g**(2/3) would be exact).
+    marks = values[np.linspace(0, values.size - 1, min(values.size, 64 * count)).astype(np.int64)]
+    root = np.sqrt(np.diff(marks))
+    share = np.concatenate([[0.0], np.cumsum(root * np.sqrt(root))])
+    places = np.searchsorted(share, share[-1] * np.arange(1, count) / count)
+    edges = np.concatenate([[0], np.searchsorted(values, marks[places]), [values.size]])
     levels = distinct[:0]
     for _ in range(iterations + 1):
         edges = np.unique(edges)  # empty cells vanish
