@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.golden import FOLDER, examples
 
 from fedq import Layout, codecs
 from fedq.registry import from_config
+from tests.golden import FOLDER, examples
 
 EXAMPLES = [
     pytest.param(path, config, id=f"{path.parent.name}-{path.stem}") for path, config in examples()
