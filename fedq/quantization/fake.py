@@ -81,17 +81,18 @@ class UniformWeight(WeightQuantizer):
 
 
 class ActivationQuantizer(FakeQuantizer):
-    """Asymmetric integers of ``bits`` bits over a range learned as a moving average.
+    """Asymmetric integers of ``bits`` bits over a range that grows at once and shrinks slowly.
 
-    In training, ``lo`` and ``hi`` follow each batch's smallest and largest value by
-    ``lo += momentum * (min - lo)``, starting from the first batch's. The range always includes 0,
-    which is exactly representable: ``scale = (hi - lo) / (2**bits - 1)``,
+    In training, ``lo`` and ``hi`` take each batch's smallest and largest value where those lie
+    outside, and else move towards them by ``momentum``: no value of a training batch is clipped. A
+    plain moving average lags while activations grow, and what it clips gets no gradient, which
+    holds the first rounds of a federation back. The range always includes 0, which is exactly representable: ``scale = (hi - lo) / (2**bits - 1)``,
     ``zero_point = -2**(bits-1) - round(lo / scale)``. While ``lo == hi`` the range is unset and the
     quantizer is the identity.
 
     Args:
       bits: 2 to 8.
-      momentum: Share of the newest batch in the range, in (0, 1].
+      momentum: How far the range shrinks towards the newest batch's, in (0, 1].
     """
 
     lo: Tensor
@@ -128,8 +129,8 @@ class ActivationQuantizer(FakeQuantizer):
             values = x.detach()
             low, high = values.amin().item(), values.amax().item()
             momentum = 1.0 if lo == hi else self.momentum
-            lo = lo_buffer.fill_(lo + momentum * (low - lo)).item()  # as float32 will keep it
-            hi = hi_buffer.fill_(hi + momentum * (high - hi)).item()
+            lo = lo_buffer.fill_(min(low, lo + momentum * (low - lo))).item()  # as float32 keeps it
+            hi = hi_buffer.fill_(max(high, hi + momentum * (high - hi))).item()
         qparams = self._qparams(lo, hi)
         if qparams is None:
             return x

@@ -21,7 +21,7 @@ class Uniform(Quantization):
     """Integer weights and activations, as int8 kernels of microcontrollers and phones compute.
 
     Weights are symmetric in the narrow range with the largest weight at its end (no state);
-    activations are asymmetric over a moving average of each batch's range: two float32 buffers
+    activations are asymmetric over a range that follows the batches': two float32 buffers
     ``activation_quantizers.NAME.lo`` and ``.hi`` each, zero while unset.
 
     Args:
@@ -30,7 +30,7 @@ class Uniform(Quantization):
       per_channel: One weight scale per output channel, or one per layer. Batch normalisation folds
         exactly only with the former.
       first_last_bits: Weight bits of the first and the last layer, 2 to 8.
-      range_momentum: Share of the newest batch in an activation range, in (0, 1].
+      range_momentum: How far an activation range shrinks towards each batch's, in (0, 1].
 
     Example:
       >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
