@@ -118,9 +118,10 @@ def flwr_run(app: Path, environment: dict[str, str], *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
-def fedq_simulate(cwd: Path, *overrides: str) -> None:
+def fedq_simulate(app: Path, *overrides: str) -> None:
+    """Run ``fedq simulate`` with the app's own code: -m puts the working directory first."""
     command = [sys.executable, "-m", "fedq.cli", "simulate", *overrides]
-    subprocess.run(command, cwd=cwd, check=True, timeout=RUN_S, capture_output=True)
+    subprocess.run(command, cwd=app, check=True, timeout=RUN_S, capture_output=True)
 
 
 def summary(run: Path) -> dict[str, object]:
@@ -142,7 +143,7 @@ def test_flwr_run_and_its_resumption_give_the_model_of_fedq_simulate(
     assert summary(run)["rounds"] == 2, text
     assert (run / "accuracy_vs_bytes.png").exists()
     text = flwr_run(app, superlink, f"resume={run}", "rounds=3")
-    fedq_simulate(tmp_path, *OPTIONS, "clients=6", "rounds=3", "run_dir=local")
+    fedq_simulate(app, *OPTIONS, "clients=6", "rounds=3", f"run_dir={local}")
     for key in ("rounds", "clients", "rejected", "uplink_bytes", "accuracy", "model_sha256"):
         assert summary(run)[key] == summary(local)[key], (key, text)
 
