@@ -203,7 +203,7 @@ class LocalGrid(Grid):
                     worker = next(w for w in self._workers if w.pipe is pipe)
                     job, reply = self._receive(worker)
                     running.discard(job.number)
-                    self._feed(jobs, depth)  # before the reply is aggregated: no worker waits for that
+                    self._feed(jobs, depth)  # first, so that no worker waits for aggregation
                     yield reply
         finally:
             if running:
