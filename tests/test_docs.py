@@ -1,0 +1,147 @@
+"""The documents say what is so: links lead somewhere, and what looks like a session is one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fedq import available, build, codecs, config, registry
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+OUTSIDE = ("https://", "http://", "mailto:")
+
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(path.read_text()) if kind == language]
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments that a document's headings answer to, as Git hosts make them."""
+    text = BLOCK.sub("", path.read_text())
+    headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@every_document
+def test_links_resolve(path: Path) -> None:
+    for link in LINK.findall(BLOCK.sub("", path.read_text())):
+        if link.startswith(OUTSIDE):
+            continue
+        name, _, fragment = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{path.name} links to {link}"
+        assert target.is_relative_to(REPOSITORY), f"{link} leaves the repository"
+        if fragment:
+            assert fragment in anchors(target), f"{path.name} links to {link}"
+
+
+@every_document
+def test_sessions_run(path: Path) -> None:
+    namespace: dict[str, object] = {}
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for number, text in enumerate(blocks(path, "python")):
+        if ">>>" in text and not text.lstrip().startswith('"""'):
+            test = parser.get_doctest(text, namespace, f"{path.name}[{number}]", str(path), 0)
+            runner.run(test, clear_globs=False)
+            namespace = test.globs
+    assert runner.failures == 0
+
+
+def test_python_compiles() -> None:
+    for path in DOCUMENTS:
+        for text in blocks(path, "python"):
+            if ">>>" not in text:
+                compile(text, path.name, "exec")
+
+
+def test_named_files_exist() -> None:
+    """Paths in backticks below a folder of ours are there."""
+    named = re.compile(r"`((?:fedq|tests|conf|clients|server|docs|benchmarks)/[\w./-]*)`")
+    for path in DOCUMENTS:
+        for name in named.findall(path.read_text()):
+            assert (REPOSITORY / name).exists(), f"{path.name} names {name}"
+
+
+# --- the example of CONTRIBUTING.md -------------------------------------------------------------
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Iterator[Path]:
+    """The example as a plug-in file; what it registers is forgotten afterwards."""
+    (text,) = (b for b in blocks(REPOSITORY / "CONTRIBUTING.md", "python") if "@register" in b)
+    path = tmp_path / "stochastic_sign.py"
+    path.write_text(text)
+    yield path
+    registry._TABLES["codec"].pop("stochastic_sign", None)
+    sys.modules.pop("fedq_plugin_stochastic_sign", None)
+
+
+def laws() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "fedq_codec_laws", REPOSITORY / "tests" / "laws" / "test_codec_laws.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_codec_keeps_the_laws(example: Path) -> None:
+    assert "stochastic_sign" not in available("codec")
+    config.load_plugins([str(example)])
+    codec = build("codec", "stochastic_sign")
+    law = laws()
+    law.test_config_round_trip(codec)
+    for layout in law.LAYOUTS:
+        law.test_round_trip_shape_and_size(codec, layout)
+        law.test_zero_is_exact(codec, layout)
+    law.test_same_seed_same_bytes(codec)
+    for kind in law.EXTREMES:
+        law.test_extremes_stay_finite_and_in_range(codec, kind, 40)
+    for kind in law._vectors():
+        law.test_unbiased(codec, kind)
+    law.test_any_finite_vector_round_trips(codec)
+    law.test_truncations_and_extensions(codec)
+    law.test_mutated_and_resealed_payloads(codec)
+    for scale in law.SCALES:
+        law.test_extreme_bodies(codec, scale, b"\xff")
+    for scale in (np.nan, np.inf, -1.0):
+        body = np.float32(scale).tobytes() + b"\x00"
+        with pytest.raises(law.DecodeError):
+            codecs.decode(law.reframed(codec, law.Layout.flat(8), body), law.Layout.flat(8))
+    module = sys.modules["fedq_plugin_stochastic_sign"]
+    assert doctest.testmod(module).attempted == 2
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_example_runs_as_a_plug_in(example: Path) -> None:
+    small = ("data=digits", "rounds=1", "clients=4", "clients_per_round=2", "baseline=false")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "fedq.cli", "simulate", f"plugins=[{example.name}]"),
+            *("codec=stochastic_sign", "run_dir=run", *small),
+        ],
+        cwd=example.parent,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    summary = json.loads((example.parent / "run" / "summary.json").read_text())
+    assert summary["codec"] == "stochastic_sign"
+    assert 1 < summary["uplink_bits_per_parameter"] < 1.5
