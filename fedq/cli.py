@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,18 +71,23 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedq {fedq.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
 
     simulate = commands.add_parser(
         "simulate",
         help="train a federated quantized model with simulated clients (the main job)",
         description="Train a federated quantized model with simulated clients. Without options: "
         "50 clients, MNIST-5k, int8 QAT, dithered uplink, and float FedAvg beside it.",
-        epilog=_Choices(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    simulate.add_argument("-m", "--multirun", action="store_true", help="sweep: seed=0,1,2")
+    simulate.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="run every combination of comma-separated values",
+    )
     simulate.add_argument("overrides", nargs="*", metavar="OPTION=VALUE")
     simulate.set_defaults(run=_simulate)
 
@@ -100,29 +106,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Choices(str):
-    """The list of choices, made only for ``--help``: it imports every registered class."""
+class _Parser(argparse.ArgumentParser):
+    """Lists the choices below the help of ``simulate``, which imports every registered class."""
 
-    __slots__ = ()
-
-    def __mod__(self, values: object) -> str:
-        return self.text()
-
-    def __str__(self) -> str:
-        return self.text()
-
-    @staticmethod
-    def text() -> str:
+    def format_help(self) -> str:
+        """Return the help, and the choices where there are any."""
+        if not self.prog.endswith(" simulate"):
+            return super().format_help()
         from fedq import config
         from fedq.experiment import CHOICES, field_types
 
         names = [*CHOICES, "experiment"]
-        lines = [f"  {name + '=':18}{' '.join(config.choices(name))}" for name in names]
-        return (
-            "choices (their options follow a dot, as in codec.bits=4):\n"
-            + "\n".join(lines)
-            + "\n\nvalues: "
-            + " ".join(f"{key}=" for key in field_types() if key not in CHOICES)
+        values = " ".join(f"{key}=" for key in field_types() if key not in CHOICES)
+        return "\n".join(
+            [
+                super().format_help(),
+                "choices, whose own options follow a dot, as in codec.bits=4:",
+                *(f"  {name + '=':18}{', '.join(config.choices(name))}" for name in names),
+                "",
+                "values:",
+                *textwrap.wrap(values, 76, initial_indent="  ", subsequent_indent="  "),
+                "",
+                "examples:",
+                "  fedq simulate codec=uniform codec.bits=3 codec.rounding=stochastic seed=1",
+                "  fedq simulate data=npz data.path=mine.npz clients=20 rounds=60",
+                "  fedq simulate -m experiment=fedavgm,fedadam seed=0,1,2",
+                "  fedq simulate resume=runs/2026-01-31_12-00-00",
+                "",
+            ]
         )
 
 
@@ -182,8 +193,7 @@ def _simulate_one(overrides: list[str]) -> int:
         _complain(f"interrupted; continue with: fedq simulate resume={path}")
         return INTERRUPTED
     console.print(report([path]))
-    console.print(f"results  {path}", soft_wrap=True, highlight=False)
-    console.print(f"plot     {path / 'accuracy_vs_bytes.png'}", soft_wrap=True, highlight=False)
+    console.print(f"results in {path}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -59,7 +59,8 @@ class _Totals:
     def text(self) -> str:
         accuracy = "   -  " if self.accuracy is None else f"{100 * self.accuracy:5.1f} %"
         sent = self.up + self.down
-        ratio = f", {self.plain / sent:.1f}x below float32" if sent else ""
+        # The float baseline is float32 but for the frames: no ratio to speak of.
+        ratio = f", {self.plain / sent:.1f}x below float32" if self.plain > 1.01 * sent else ""
         return f"accuracy {accuracy}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
 
 

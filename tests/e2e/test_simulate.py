@@ -178,7 +178,7 @@ def test_every_experiment_runs_one_round(experiment: str, tmp_path: Path) -> Non
 
 def test_a_sweep_runs_every_cell_and_reports_failures(tmp_path: Path) -> None:
     done = fedq(
-        "simulate", "-m", *SMALL, "rounds=1", "codec=sign,ternary", "learning_rate=0.1,1e30",
+        "simulate", "-m", *SMALL, "rounds=3", "codec=sign,ternary", "learning_rate=0.1,1e30",
         cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -202,7 +202,7 @@ def test_wrong_options(tmp_path: Path) -> None:
     fails(tmp_path, 2, "did you mean 'uniform'", "codec=unifrom")
     fails(tmp_path, 2, "unknown flag '--rounds'", "--rounds")
     fails(tmp_path, 2, "missing.npz", "data=npz", "data.path=missing.npz")
-    fails(tmp_path, 2, "clients", "partition=natural")
+    fails(tmp_path, 2, "partition=natural needs a client id", "partition=natural")
     fails(tmp_path, 2, "", "resume=nowhere")
     assert not list(tmp_path.iterdir())
 
