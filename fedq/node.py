@@ -135,7 +135,7 @@ def _sized(experiment: Experiment, nodes: int) -> Experiment:
 def serve(grid: Grid, context: Context) -> None:
     """Run a ServerApp's experiment over the grid that Flower gives it."""
     torch.set_num_threads(1)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default: no warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
     resumed = config.option(_overrides(context), "resume") is not None
     experiment = experiment_of(context)
     experiment = _sized(experiment, max(len(list(grid.get_node_ids())), 1))
