@@ -1,0 +1,151 @@
+"""What all benchmarks share: options, CPU clocks of process trees, and results files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("fedq", "flwr", "torch", "numpy", "numba", "ray", "pfl")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="seconds: does it run at all")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument(
+        "--out", type=Path, default=RESULTS, help="directory of NAME.json and NAME.md"
+    )
+    return options
+
+
+# --- clocks ------------------------------------------------------------------------------------
+
+
+def process_tree(root: int) -> list[int]:
+    """Return a process and all its living descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [root]
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time of all threads of a process, living and ended, to the nanosecond.
+
+    Linux gives every process a clock whose number is made from its identifier; ``/proc`` counts in
+    ticks of 10 ms.
+    """
+    try:
+        return time.clock_gettime((~process << 3) | 2)
+    except OSError:
+        return 0.0
+
+
+def tree_cpu_seconds(root: int) -> dict[int, float]:
+    """Return the CPU time of each process of a tree; idle zombies and the dead are left out."""
+    return {process: cpu_seconds(process) for process in process_tree(root)}
+
+
+def peak_resident_mb(process: int | str = "self") -> float:
+    """Return the peak resident memory of a process in MB of 10**6 bytes (``VmHWM``)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 / 1e6
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the versions that figures depend on; no names and no paths."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    models = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.machine()]
+    memory = re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": {
+            "cpu": models[0],
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(int(memory[0]) * 1024 / 1e9, 1),
+            "load_average": [round(load, 2) for load in os.getloadavg()],
+        },
+        "versions": {"python": platform.python_version(), **installed},
+    }
+
+
+def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a Markdown table; ``columns`` maps keys of the rows to headings.
+
+    >>> print(table({"a": "A", "b": "B"}, [{"a": "x", "b": 1.5}, {"a": "y", "b": None}]))
+    | A | B |
+    |---|---:|
+    | x | 1.5 |
+    | y |  |
+    """
+    first, *others = columns
+    lines = [f"| {' | '.join(columns.values())} |", f"|---|{'---:|' * len(others)}"]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(row.get(key)) for key in (first, *others))} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write(
+    out: Path, name: str, title: str, text: Sequence[str], figures: Mapping[str, Any]
+) -> None:
+    """Write ``NAME.json`` and ``NAME.md`` and print the latter.
+
+    Args:
+      out: The directory.
+      name: The benchmark.
+      title: First line of the page.
+      text: Paragraphs and tables.
+      figures: All that was measured, JSON-ready.
+    """
+    where = environment()
+    machine, versions = where["machine"], where["versions"]
+    load = ", ".join(map(str, machine["load_average"]))
+    foot = (
+        f"{where['date']}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
+        f"load average at the end {load}; "
+        + ", ".join(f"{package} {version}" for package, version in versions.items())
+        + f". Made by `python benchmarks/{name}.py`; figures in `{name}.json`."
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    page = "\n\n".join([f"# {title}", *text, foot]) + "\n"
+    (out / f"{name}.json").write_text(json.dumps({**where, **figures}, indent=1) + "\n")
+    (out / f"{name}.md").write_text(page)
+    print(page)
