@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.grids import CountingGrid, InlineGrid, toy_app
 
 from fedq import Layout, build, config, registry, server, simulation
 from fedq.client import SimulatedSite, Task, client_app
@@ -17,6 +16,7 @@ from fedq.errors import ConfigError, FedqError
 from fedq.results import RunDirectory
 from fedq.state import StateStore
 from fedq.strategy import FedQ
+from tests.grids import CountingGrid, InlineGrid, toy_app
 
 # isort: split
 from flwr.app import Message

@@ -86,7 +86,8 @@ def test_a_later_override_wins_over_an_experiment() -> None:
 
 
 def test_baseline_is_the_same_federation_in_float() -> None:
-    experiment = config.load(["seed=7", "rounds=3", "codec.bits=4", "clients=9", "clients_per_round=3"])
+    options = ["seed=7", "rounds=3", "codec.bits=4", "clients=9", "clients_per_round=3"]
+    experiment = config.load(options)
     baseline = config.baseline_of(experiment)
     assert baseline is not None
     assert baseline.codec.name == baseline.downlink.name == "identity"
@@ -112,7 +113,7 @@ def test_plugins_register_new_names(tmp_path: Path) -> None:
 def test_a_failing_plugin_is_one_line(tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text("raise RuntimeError('oops')\n")
-    with pytest.raises(ConfigError, match="broken.py fails: RuntimeError: oops"):
+    with pytest.raises(ConfigError, match=r"broken\.py fails: RuntimeError: oops"):
         config.load([f"plugins=[{plugin}]"])
 
 

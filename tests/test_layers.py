@@ -39,8 +39,6 @@ LOADED = {"fedq.codecs": "codec", "fedq.aggregators": "aggregator", "fedq.data":
 def test_a_layer_brings_only_what_it_may(module: str) -> None:
     load = f"import fedq.registry as r; r.table({LOADED[module]!r});" if module in LOADED else ""
     code = f"import sys, {module}; {load} print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     roots = {name.split(".")[0] for name in done.stdout.split()}
     assert not roots & set(RULES[module])

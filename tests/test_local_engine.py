@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.grids import constant_client, toy_app
 
 from fedq import Layout
 from fedq.codecs.identity import Identity
 from fedq.engines.local import FIRST_NODE, LocalGrid
 from fedq.errors import ConfigError
 from fedq.strategy import FedQ
+from tests.grids import constant_client, toy_app
 
 # isort: split
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -170,7 +170,8 @@ def make():
         return Message(RecordDict({"p": ConfigRecord({"p": os.getpid()})}), reply_to=message)
     return app
 grid = LocalGrid(make, 4, workers=2)
-replies = list(grid.send_and_receive([Message(RecordDict(), FIRST_NODE + n, "train") for n in range(4)]))
+messages = [Message(RecordDict(), FIRST_NODE + n, "train") for n in range(4)]
+replies = list(grid.send_and_receive(messages))
 print(*{r.content["p"]["p"] for r in replies}, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

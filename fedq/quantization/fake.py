@@ -86,7 +86,8 @@ class ActivationQuantizer(FakeQuantizer):
     In training, ``lo`` and ``hi`` take each batch's smallest and largest value where those lie
     outside, and else move towards them by ``momentum``: no value of a training batch is clipped. A
     plain moving average lags while activations grow, and what it clips gets no gradient, which
-    holds the first rounds of a federation back. The range always includes 0, which is exactly representable: ``scale = (hi - lo) / (2**bits - 1)``,
+    holds the first rounds of a federation back. The range always includes 0, which is exactly
+    representable: ``scale = (hi - lo) / (2**bits - 1)``,
     ``zero_point = -2**(bits-1) - round(lo / scale)``. While ``lo == hi`` the range is unset and the
     quantizer is the identity.
 

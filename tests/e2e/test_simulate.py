@@ -24,6 +24,11 @@ SMALL = (
     "rounds=4",
     "baseline=false",
 )
+CONTRACT = (
+    "accuracy float_accuracy rounds clients parameters uplink_bytes downlink_bytes "
+    "uplink_bits_per_parameter downlink_bits_per_parameter float32_uplink_bytes seconds seed "
+    "model_sha256 versions"
+)
 EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experiment").glob("*.yaml"))
 
 
@@ -64,11 +69,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_directory_holds_the_contract(reference: Path) -> None:
     found = summary(reference)
-    for key in (
-        "accuracy float_accuracy rounds clients parameters uplink_bytes downlink_bytes "
-        "uplink_bits_per_parameter downlink_bits_per_parameter float32_uplink_bytes seconds seed "
-        "model_sha256 versions"
-    ).split():
+    for key in CONTRACT.split():
         assert key in found, key
     names = {path.name for path in reference.iterdir()}
     assert names >= {
