@@ -26,6 +26,7 @@ from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
 from fedq.random import derive
 from fedq.state import StateStore
+from fedq.training_config import TrainingConfig
 
 # isort: split
 from flwr.app import Context, Message
@@ -237,11 +238,11 @@ class Client:
 
     site: Site
     _trainer: tuple[str, Trainer] | None = field(default=None, repr=False)
-    _opened: dict[bytes, Task] = field(default_factory=dict, repr=False)
+    _opened: list[tuple[bytes, Task]] = field(default_factory=list, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer one training request."""
-        from fedq.training import Diverged, TrainingConfig
+        from fedq.training import Diverged
 
         store = self.site.store(context)
         try:
@@ -270,14 +271,16 @@ class Client:
 
     def _open(self, message: Message, store: StateStore) -> Task:
         blob = records.unpack(message.content)
-        # Simulated clients of a round share requests; a worker decodes each once.
-        if blob in self._opened:
-            return dataclasses.replace(self._opened[blob], message=message)
+        # Simulated clients of a round share requests; a worker decodes each once. There are few, and
+        # to compare bytes costs less than to hash them.
+        for known, task in self._opened:
+            if known == blob:
+                return dataclasses.replace(task, message=message)
         envelope = wire.unseal(blob)
         trainer = self._trainer_for(envelope.metadata)
         task = Task._of(message, envelope, trainer.layout, trainer.state_layout, store)
-        opened = {b: t for b, t in self._opened.items() if t.round == task.round}
-        self._opened = {**opened, blob: task}
+        self._opened = [(b, t) for b, t in self._opened if t.round == task.round]
+        self._opened.append((blob, task))
         return task
 
     def _trainer_for(self, metadata: Mapping[str, Any]) -> Trainer:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedq import registry
 from fedq.errors import ConfigError, unknown
+from fedq.training_config import TrainingConfig
 
 #: Experiment fields that hold a registered object, and the group each is chosen from.
 CHOICES: dict[str, str] = {
@@ -95,6 +96,7 @@ class Experiment:
     engine: Any = field()
 
     def __post_init__(self) -> None:
+        _ = self.training  # checks its own options
         _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
         _check(self.seed >= 0, "seed must not be negative", self.seed)
         _check(
@@ -125,6 +127,12 @@ class Experiment:
         )
         _check(self.max_examples >= 1, "max_examples must be at least 1", self.max_examples)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How clients train."""
+        names = [f.name for f in dataclasses.fields(TrainingConfig)]
+        return TrainingConfig(**{name: getattr(self, name) for name in names})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Experiment:

@@ -17,7 +17,7 @@ from fedq.experiment import Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
-from fedq.training import Trainer, TrainingConfig, trainer_for
+from fedq.training import Trainer, trainer_for
 
 # isort: split
 from flwr.serverapp import Grid
@@ -25,7 +25,6 @@ from flwr.serverapp import Grid
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
 OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
-TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))
 
 
 def run(
@@ -87,7 +86,7 @@ class _Server:
                 "quantization": quantization,
                 "input_shape": shape,
                 "classes": classes,
-                "training": {name: getattr(experiment, name) for name in TRAINING},
+                "training": experiment.training.to_config(),
             },
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,86 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq import registry
-from fedq.errors import ConfigError, FedqError, unknown
+from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import create
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.random import derive, generator
+from fedq.training_config import TrainingConfig
 
 
 class Diverged(FedqError):  # noqa: N818 - reads as what happened
     """Local training left the finite numbers; the client has no update to send."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a client trains: stochastic gradient descent, started afresh each round.
-
-    The gradient of a step is that of the batch's mean loss, plus ``proximal_mu (w - w_0)`` (the
-    proximal term of FedProx), scaled down to norm ``max_grad_norm`` if longer, plus
-    ``weight_decay w``; then ``v = momentum v + gradient`` and ``w = w - learning_rate v``, as in
-    ``torch.optim.SGD``.
-
-    Args:
-      local_epochs: Passes over the client's examples per round.
-      batch_size: Examples per step; the last batch of an epoch may be smaller.
-      learning_rate: Step size.
-      momentum: Heavy-ball momentum, in [0, 1); 0 is plain SGD.
-      weight_decay: L2 penalty's gradient factor.
-      proximal_mu: Pull towards the weights received from the server; 0 is FedAvg.
-      max_grad_norm: Bound on the gradient's Euclidean norm; 0 is no bound.
-
-    Reference:
-      McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized
-      data", AISTATS, algorithm 1; Li et al. 2020, "Federated optimization in heterogeneous
-      networks", MLSys, section 3 (FedProx).
-
-    Example:
-      >>> TrainingConfig.from_config({"learning_rate": 0.1}).to_config()["learning_rate"]
-      0.1
-    """
-
-    local_epochs: int = 1
-    batch_size: int = 16
-    learning_rate: float = 0.05
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    proximal_mu: float = 0.0
-    max_grad_norm: float = 0.0
-
-    def __post_init__(self) -> None:
-        for option in ("local_epochs", "batch_size"):
-            if getattr(self, option) < 1:
-                raise ConfigError(f"{option} must be at least 1, not {getattr(self, option)}")
-        for option in ("learning_rate", "weight_decay", "proximal_mu", "max_grad_norm"):
-            if not 0 <= getattr(self, option) < math.inf:
-                raise ConfigError(
-                    f"{option} must be finite and not negative, not {getattr(self, option)}"
-                )
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must be in [0, 1), not {self.momentum}")
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the JSON-ready fields."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TrainingConfig:
-        """Build from a mapping of fields; the inverse of :meth:`to_config`.
-
-        Raises:
-          ConfigError: For an unknown field, or a value of the wrong type or range.
-        """
-        kinds = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key not in kinds:
-                raise unknown("training option", key, kinds)
-            allowed = (int,) if kinds[key] is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, allowed):
-                raise ConfigError(f"{key} must be {kinds[key].__name__}, not {value!r}")
-            values[key] = kinds[key](value)
-        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)

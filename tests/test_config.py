@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedq import config
+from fedq import config, registry
 from fedq.errors import ConfigError
 from fedq.experiment import CHOICES, Experiment
 
@@ -96,6 +96,13 @@ def test_baseline_is_the_same_federation_in_float() -> None:
     assert config.baseline_of(baseline) is None
 
 
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget afterwards what a test registers."""
+    monkeypatch.setitem(registry._TABLES, "codec", dict(registry.table("codec")))
+
+
+@pytest.mark.usefixtures("registered")
 def test_plugins_register_new_names(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(

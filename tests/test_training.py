@@ -21,7 +21,8 @@ from fedq.layout import Vector
 from fedq.models import create
 from fedq.quantization import float_twin
 from fedq.random import derive, generator
-from fedq.training import Diverged, Trainer, TrainingConfig
+from fedq.training import Diverged, Trainer
+from fedq.training_config import TrainingConfig
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64]]
 
