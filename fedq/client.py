@@ -271,8 +271,8 @@ class Client:
 
     def _open(self, message: Message, store: StateStore) -> Task:
         blob = records.unpack(message.content)
-        # Simulated clients of a round share requests; a worker decodes each once. There are few, and
-        # to compare bytes costs less than to hash them.
+        # Simulated clients of a round share requests; a worker decodes each once. There are few,
+        # and to compare bytes costs less than to hash them.
         for known, task in self._opened:
             if known == blob:
                 return dataclasses.replace(task, message=message)

@@ -97,10 +97,12 @@ class Reader:
             raise DecodeError(f"{len(self._data) - self._at} bytes too many")
 
 
-def _seal(magic: bytes, content: bytes) -> bytes:
+def _seal(magic: bytes, *content: bytes | memoryview) -> bytes:
     prefix = magic + bytes([VERSION])
-    crc = zlib.crc32(content, zlib.crc32(prefix))
-    return prefix + struct.pack("<I", crc) + content
+    crc = zlib.crc32(prefix)
+    for piece in content:
+        crc = zlib.crc32(piece, crc)
+    return b"".join([prefix, struct.pack("<I", crc), *content])
 
 
 def _unseal(magic: bytes, data: bytes | memoryview, what: str) -> Reader:
@@ -224,8 +226,8 @@ def seal_frame(
     A body that can only be decoded beside a reference vector carries its layout's fingerprint xor
     the CRC-32 of the reference: no byte more, and a wrong reference is noticed.
     """
-    content = _fingerprint(layout, reference) + _write_spec(codec) + varint(seed) + body
-    return _seal(FRAME_MAGIC, content)
+    head = _fingerprint(layout, reference) + _write_spec(codec) + varint(seed)
+    return _seal(FRAME_MAGIC, head, body)
 
 
 def open_frame(
@@ -273,10 +275,10 @@ def seal(message: Envelope) -> bytes:
         raise ConfigError(
             f"a message holds {MAX_METADATA_BYTES} bytes of metadata, {MAX_PARTS} parts"
         )
-    pieces = [varint(len(meta)), meta, bytes([len(message.parts)])]
+    pieces: list[bytes | memoryview] = [varint(len(meta)), meta, bytes([len(message.parts)])]
     for part in message.parts:
-        pieces += [varint(len(part)), bytes(part)]
-    return _seal(MESSAGE_MAGIC, b"".join(pieces))
+        pieces += [varint(len(part)), part]
+    return _seal(MESSAGE_MAGIC, *pieces)
 
 
 def unseal(data: bytes | memoryview) -> Envelope:

@@ -15,6 +15,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -121,6 +122,7 @@ class LocalGrid(Grid):
         self._node_config = dict(node_config or {})
         self._count = workers or len(os.sched_getaffinity(0))
         self._workers: list[_Worker] = []
+        self._replies = select.poll()  # the pipes of busy workers
         self._memory: mmap.mmap | None = None
         self._half = 0
         self._states: dict[int, RecordDict] = {}
@@ -198,9 +200,8 @@ class LocalGrid(Grid):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return
-                busy = [worker.pipe for worker in self._workers if worker.queue]
-                for pipe in wait(busy, left):
-                    worker = next(w for w in self._workers if w.pipe is pipe)
+                for pipe, _ in self._replies.poll(None if left is None else 1e3 * left):
+                    worker = next(w for w in self._workers if w.pipe.fileno() == pipe)
                     job, reply = self._receive(worker)
                     running.discard(job.number)
                     self._feed(jobs, depth)  # first, so that no worker waits for aggregation
@@ -224,8 +225,7 @@ class LocalGrid(Grid):
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.join()
-            worker.pipe.close()
+            self._end(worker)
         self._workers = []
         if self._memory is not None:
             self._memory.close()
@@ -287,12 +287,13 @@ class LocalGrid(Grid):
                 if not jobs or len(worker.queue) > length:
                     continue
                 job = jobs.popleft()
-                worker.queue.append(job)
                 # A worker that died since its last reply is found by the wait for its pipe.
                 with contextlib.suppress(OSError):
                     self._send(worker, job)
 
     def _send(self, worker: _Worker, job: _Job) -> None:
+        worker.queue.append(job)
+        self._replies.register(worker.pipe, select.POLLIN)
         metadata = job.message.metadata
         state = self._states.get(metadata.dst_node_id)
         worker.pipe.send((job.number, metadata, job.offset, job.length, state))
@@ -304,6 +305,8 @@ class LocalGrid(Grid):
             return self._bury(worker)
         job = worker.queue.popleft()
         assert job.number == number
+        if not worker.queue:
+            self._replies.unregister(worker.pipe)
         if state is not None:
             self._states[job.message.metadata.dst_node_id] = state
         if error is not None:
@@ -312,17 +315,13 @@ class LocalGrid(Grid):
 
     def _bury(self, worker: _Worker) -> tuple[_Job, Message]:
         """Replace a dead worker: the job it was at is lost, the next one goes to the new worker."""
-        worker.process.join()
-        worker.pipe.close()
+        self._end(worker)
         code = worker.process.exitcode
         why = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        if not worker.queue:
-            raise FedqError(f"an idle worker process died ({why}); is the machine out of memory?")
-        lost = worker.queue.popleft()
+        lost, *queued = worker.queue
         fresh = self._start()
         self._workers[self._workers.index(worker)] = fresh
-        for job in worker.queue:
-            fresh.queue.append(job)
+        for job in queued:
             self._send(fresh, job)
         return lost, self._error(lost, f"the client's process died ({why})")
 
@@ -334,9 +333,14 @@ class LocalGrid(Grid):
         for i, worker in enumerate(self._workers):
             if worker.queue:
                 worker.process.kill()
-                worker.process.join()
-                worker.pipe.close()
+                self._end(worker)
                 self._workers[i] = self._start()
+
+    def _end(self, worker: _Worker) -> None:
+        if worker.queue:
+            self._replies.unregister(worker.pipe)
+        worker.process.join()
+        worker.pipe.close()
 
 
 def _work(
@@ -352,9 +356,11 @@ def _work(
     for other in others:  # else a pipe would outlive the server in its workers
         other.close()
     parent = os.getppid()
+    requests = select.poll()  # pipe.poll() would make a selector for each job
+    requests.register(pipe.fileno(), select.POLLIN)
     app: ClientApp | None = None
     while True:
-        while not pipe.poll(ORPHAN_CHECK_S):
+        while not requests.poll(1e3 * ORPHAN_CHECK_S):
             if os.getppid() != parent:
                 os._exit(1)
         try:
