@@ -43,6 +43,10 @@ MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
 class NoBaseError(FedqError):
     """A request is the changes to a model that this client does not hold."""
 
+    def __init__(self, base: int, server_round: int) -> None:
+        super().__init__(f"the model of round {base} is not here any more")
+        self.server_round = server_round
+
 
 @dataclass(frozen=True)
 class Task:
@@ -110,7 +114,7 @@ class Task:
         if base is not None:
             reference = None if store is None else store.model(int(base), layout)
             if reference is None:
-                raise NoBaseError(f"the model of round {base} is not here any more")
+                raise NoBaseError(int(base), int(metadata["round"]))
         weights = decode(envelope.parts[0], layout, reference=reference)
         kept = store is not None and metadata.get("keep") is True
         if kept:
@@ -172,6 +176,11 @@ class Task:
         if self.kept:
             metadata["kept"] = True
         return _answer(self.message, wire.Envelope(metadata, [payload, record]))
+
+    @staticmethod
+    def refuse(message: Message, error: NoBaseError) -> Message:
+        """Answer a request that cannot be opened; the server sends the whole model next time."""
+        return _dropped(message, error.server_round, str(error), kept=False)
 
     def drop(self, reason: str) -> Message:
         """Answer without an update, and say why."""
@@ -247,8 +256,8 @@ class Client:
         store = self.site.store(context)
         try:
             task = self._open(message, store)
-        except NoBaseError as error:  # the server sends the whole model the next time
-            return _dropped(message, int(message.metadata.group_id), str(error), kept=False)
+        except NoBaseError as error:
+            return Task.refuse(message, error)
         trainer = self._trainer_for(task.metadata)
         config = TrainingConfig.from_config(task.metadata["training"])
         client = self.site.identity(context)

@@ -92,7 +92,8 @@ def run_experiment(
         tuple(experiment.plugins),
         filled,
         path.resolve() / CLIENT_STATE,
-        max(experiment.downlink_history, 1),
+        # The oldest base of a round, and the round's own model, which clients keep at once.
+        experiment.downlink_history + 2,
     )
     directory = (
         RunDirectory.open(path, needs_checkpoint=False)

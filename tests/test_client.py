@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedq import Layout, build, config, registry, server, simulation
-from fedq.client import SimulatedSite, Task, client_app
+from fedq.client import NoBaseError, SimulatedSite, Task, client_app
 from fedq.data.base import load
 from fedq.engines.local import LocalGrid
 from fedq.errors import ConfigError, FedqError
@@ -42,6 +43,46 @@ def test_bytes_in_rounds_are_bytes_a_counting_grid_saw(tmp_path: Path, codec: st
     assert counting.up == summary["uplink_bytes"] == sum(r["uplink_bytes"] for r in records)
     assert counting.down == summary["downlink_bytes"] == sum(r["downlink_bytes"] for r in records)
     assert counting.up > 0
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_changes_are_shorter_and_decode_to_the_same_model(tmp_path: Path, history: int) -> None:
+    options = [*TINY, "clients=8", "rounds=9", f"downlink_history={history}"]
+    experiment = config.load([*options, "codec=identity"])
+    outcome = simulation.run_experiment(experiment, tmp_path / "changes")
+    whole = simulation.run_experiment(experiment.replace(downlink_history=0), tmp_path / "whole")
+    assert outcome.summary["rejected"] == {}
+    assert outcome.summary["model_sha256"] == whole.summary["model_sha256"]
+    if history:
+        assert outcome.summary["downlink_bytes"] < 0.95 * whole.summary["downlink_bytes"]
+
+
+def test_a_client_that_lost_its_model_gets_the_whole_one_next_time(tmp_path: Path) -> None:
+    layout = Layout.flat(5000)
+    store = StateStore(tmp_path / "state")
+    codec = build("codec", "uniform", bits=6, scale="model")
+
+    def handle(message: Message, partition: int) -> Message:
+        try:
+            task = Task.open(message, layout, store=store)
+        except NoBaseError as error:
+            return Task.refuse(message, error)
+        return task.reply(np.full(5000, 0.01, np.float32), examples=1, client=partition)
+
+    grid = InlineGrid(handle, 1)
+    fedq = FedQ(layout=layout, codec=codec, downlink=codec)
+    state = fedq.initial(np.linspace(-1, 1, 5000, dtype=np.float32))
+    sizes, reports = [], []
+    for server_round in range(1, 6):
+        if server_round == 4:
+            shutil.rmtree(tmp_path / "state")
+        state, report = fedq.run_round(grid, state)
+        sizes.append(report.downlink_bytes)
+        reports.append(report)
+    assert sizes[1] < sizes[0] / 2
+    assert reports[3].rejected == {"no base": 1}
+    assert reports[4].rejected == {}
+    assert sizes[4] > 2 * sizes[1]
 
 
 def test_a_client_without_data_says_so(tmp_path: Path) -> None:
