@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedq import registry
 from fedq.data.base import Dataset
+from fedq.downlink import Broadcasts
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
 from fedq.random import derive
@@ -127,12 +128,14 @@ class _Server:
             saved.tensors["state"],
             optimizer,
             int(saved.meta["failures"]),
-            {
-                int(name.removeprefix(BROADCAST_PREFIX)): tensor.tobytes()
-                for name, tensor in saved.tensors.items()
-                if name.startswith(BROADCAST_PREFIX)
-            },
-            {int(node): held for node, held in saved.meta["held"].items()},
+            Broadcasts(
+                {
+                    int(name.removeprefix(BROADCAST_PREFIX)): tensor.tobytes()
+                    for name, tensor in saved.tensors.items()
+                    if name.startswith(BROADCAST_PREFIX)
+                },
+                {int(node): held for node, held in saved.meta["held"].items()},
+            ),
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -163,13 +166,13 @@ class _Server:
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
         tensors |= {
             f"{BROADCAST_PREFIX}{sent}": np.frombuffer(payload, np.uint8)
-            for sent, payload in state.broadcasts.items()
+            for sent, payload in state.broadcasts.sent.items()
         }
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         meta = {
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
-            "held": {str(node): held for node, held in state.held.items()},
+            "held": {str(node): held for node, held in state.broadcasts.held.items()},
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:

@@ -24,6 +24,7 @@ from fedq.aggregators.base import Aggregator
 from fedq.aggregators.mean import Mean
 from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
+from fedq.downlink import Broadcasts, Downlink
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
@@ -62,8 +63,7 @@ class ServerState:
       state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics.
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
-      broadcasts: Recent rounds' encoded global models, by round: what clients may still hold.
-      held: By node, the round of the newest global model it said it keeps.
+      broadcasts: What was sent lately, and who holds it.
     """
 
     round: int
@@ -71,8 +71,7 @@ class ServerState:
     state: Vector
     optimizer: Mapping[str, NDArray[np.float32]]
     failures: int = 0
-    broadcasts: Mapping[int, bytes] = field(default_factory=dict)
-    held: Mapping[int, int] = field(default_factory=dict)
+    broadcasts: Broadcasts = field(default_factory=Broadcasts)
 
 
 @dataclass
@@ -173,7 +172,6 @@ class FedQ(Strategy):
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
         self.codec = codec
-        self.downlink = downlink or Identity()
         self.aggregator = aggregator or Mean()
         self.server_optimizer = server_optimizer or SGD()
         self.clients_per_round = clients_per_round
@@ -183,8 +181,7 @@ class FedQ(Strategy):
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
-        self.history = history if self.downlink.predictive else 0
-        self._decoded: dict[int, tuple[bytes, Vector]] = {}
+        self.downlink = Downlink(downlink or Identity(), layout, history)
         self._nodes: tuple[object, list[int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
@@ -214,16 +211,15 @@ class FedQ(Strategy):
         nodes = self.sample(grid, report.round)
         report.sampled = len(nodes)
         seed = derive(self.seed, report.round, "downlink")
-        whole = self.downlink.encode(before.weights, self.layout, seed)
+        whole = self.downlink.whole(before.weights, seed)
         blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
+        contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
         messages = []
-        contents: dict[int | None, RecordDict] = {}
         for node in nodes:
-            held = before.held.get(node)
-            base = held if held in before.broadcasts else None
-            if base not in blobs:
-                blobs[base] = self._changes(before, base, seed, blobs[None])
-            if base not in contents:
+            base = before.broadcasts.base(node)
+            if base is not None and base not in blobs:
+                changes = self.downlink.changes(before.weights, seed, before.broadcasts, base)
+                blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             report.downlink_bytes += len(blobs[base])
             messages.append(
@@ -234,17 +230,6 @@ class FedQ(Strategy):
         report.float32_downlink_bytes = len(plain) * len(nodes)
         slots = {node: slot for slot, node in enumerate(nodes)}
         return _Round(before, report, messages, slots, whole, start)
-
-    def _changes(self, before: ServerState, base: int | None, seed: int, whole: bytes) -> bytes:
-        """Return the message for a client that holds ``base``, the whole one if that is shorter."""
-        assert base is not None
-        payload = before.broadcasts[base]
-        known = self._decoded.get(base)
-        if known is None or known[0] is not payload:
-            self._decoded = {r: kept for r, kept in self._decoded.items() if r in before.broadcasts}
-            self._decoded[base] = known = payload, self.downlink.decode(payload, self.layout)
-        changes = self.downlink.encode(before.weights, self.layout, seed, reference=known[1])
-        return min(self._blob(before, changes, base), whole, key=len)
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -282,7 +267,7 @@ class FedQ(Strategy):
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
         }
-        if self.history:
+        if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
             metadata["base"] = base
@@ -299,7 +284,7 @@ class FedQ(Strategy):
         states = _Streamed(Mean(), self.state_layout.size)
         float32_bytes = len(self._reply_yardstick(before))
         losses: list[tuple[float, float]] = []
-        held = dict(before.held)
+        held = dict(before.broadcasts.held)
         for reply in replies:
             try:
                 slot, update = self._open(reply, current, float32_bytes)
@@ -321,8 +306,9 @@ class FedQ(Strategy):
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, combine, states)
-        if self.history:
-            after = dataclasses.replace(after, held=held, broadcasts=self._recent(current, held))
+        if self.downlink.history:
+            sent = before.broadcasts.after(report.round, current.whole, held, self.downlink.history)
+            after = dataclasses.replace(after, broadcasts=sent)
         report.seconds = time.perf_counter() - current.start
         if after.failures >= PATIENCE:
             why = report.reasons[0] if report.reasons else "no reply before the deadline"
@@ -331,13 +317,6 @@ class FedQ(Strategy):
                 f"updates of {report.sampled}; in the last one: {why}"
             )
         return after
-
-    def _recent(self, current: _Round, held: Mapping[int, int]) -> dict[int, bytes]:
-        """Return the broadcasts that some client holds and that are recent enough."""
-        now = current.report.round
-        sent = {**current.before.broadcasts, now: current.whole}
-        needed = set(held.values())
-        return {r: payload for r, payload in sent.items() if r in needed and r > now - self.history}
 
     def _step(
         self, current: _Round, combine: _Streamed | _Collected, states: _Streamed
@@ -450,7 +429,7 @@ class FedQ(Strategy):
 
     def summary(self) -> None:
         """Log what crosses the wire."""
-        log(INFO, "\t├──> uplink %s, downlink %s", self.codec, self.downlink)
+        log(INFO, "\t├──> uplink %s, downlink %s", self.codec, self.downlink.codec)
         log(INFO, "\t└──> %s, %s", self.aggregator, self.server_optimizer)
 
     def start(

@@ -1,0 +1,68 @@
+"""The global model on its way down: whole, or as the changes to one that a client still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedq.codecs.base import Codec
+from fedq.layout import Layout, Vector
+
+
+@dataclass(frozen=True)
+class Broadcasts:
+    """What the server sent lately and who said to keep it; part of a run's state.
+
+    Attributes:
+      sent: Encoded global models by round, each decodable on its own.
+      held: By node, the round of the newest model that it keeps.
+    """
+
+    sent: Mapping[int, bytes] = field(default_factory=dict)
+    held: Mapping[int, int] = field(default_factory=dict)
+
+    def base(self, node: int) -> int | None:
+        """Return the round whose model a node holds and the server remembers."""
+        held = self.held.get(node)
+        return held if held in self.sent else None
+
+    def after(
+        self, server_round: int, whole: bytes, held: Mapping[int, int], history: int
+    ) -> Broadcasts:
+        """Return the broadcasts after a round: recent ones that some node holds."""
+        oldest, needed = server_round - history, set(held.values())
+        sent = {**self.sent, server_round: whole}
+        recent = {r: payload for r, payload in sent.items() if r > oldest and r in needed}
+        return Broadcasts(recent, held)
+
+
+class Downlink:
+    """Encodes global models with one codec; predictive codecs also encode changes.
+
+    All clients decode the same model, whatever they held: a base only shortens the payload.
+
+    Args:
+      codec: How the model is encoded.
+      layout: Names and shapes of the weights.
+      history: Rounds for which a base may be used; 0, or a codec that cannot predict, is none.
+    """
+
+    def __init__(self, codec: Codec, layout: Layout, history: int) -> None:
+        self.codec, self.layout = codec, layout
+        self.history = history if codec.predictive else 0
+        self._bases: dict[int, tuple[bytes, Vector]] = {}
+
+    def whole(self, weights: Vector, seed: int) -> bytes:
+        """Encode a model on its own."""
+        return self.codec.encode(weights, self.layout, seed)
+
+    def changes(self, weights: Vector, seed: int, broadcasts: Broadcasts, base: int) -> bytes:
+        """Encode a model for a client that holds the one of round ``base``."""
+        sent = broadcasts.sent[base]
+        known = self._bases.get(base)
+        if known is None or known[0] is not sent:
+            # Decoded once for as long as it is remembered.
+            self._bases = {r: kept for r, kept in self._bases.items() if r in broadcasts.sent}
+            known = sent, self.codec.decode(sent, self.layout)
+            self._bases[base] = known
+        return self.codec.encode(weights, self.layout, seed, reference=known[1])
