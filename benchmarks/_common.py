@@ -110,8 +110,7 @@ def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
     """
     first, *others = columns
     lines = [f"| {' | '.join(columns.values())} |", f"|---|{'---:|' * len(others)}"]
-    for row in rows:
-        lines.append(f"| {' | '.join(_cell(row.get(key)) for key in (first, *others))} |")
+    lines += [f"| {' | '.join(_cell(row.get(key)) for key in (first, *others))} |" for row in rows]
     return "\n".join(lines)
 
 

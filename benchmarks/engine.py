@@ -48,7 +48,8 @@ MODELS = {
     "mlp": ("model=mlp", "model.hidden=[32]"),
 }
 FLOOR, ONE, TWO = "plain loop", "fedq, 1 worker", "fedq, 2 workers"
-DEFAULT, RAY, PFL = "fedq, 1 worker, int8 QAT and codecs", "Flower, Ray, 2 actors", "pfl"
+DEFAULT, PFL = "fedq, 1 worker, int8 QAT and codecs", "pfl"
+TEMPLATE, RAY = "Flower on Ray, its template's client", "Flower on Ray, the plain loop's client"
 
 
 @dataclass
@@ -135,7 +136,6 @@ class Contestant:
 
 def main() -> None:
     options = _options()
-    sizes = (10,) if options.quick else (10, 100)
     figures: dict[str, Any] = {
         "seed": options.seed,
         "turn_seconds": options.turn,
@@ -149,12 +149,12 @@ def main() -> None:
         "in wall time as seen, and as it would be on two free cores: `cpu(1) / max(busiest "
         "process(2), cpu(2) / 2)`.",
     ]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         pfl = None
         if not options.only or PFL in options.only:
             pfl = _pfl_python(options.pfl_python, Path(folder), text)
-        for model in MODELS:
-            for cohort in sizes:
+        for model in options.models:
+            for cohort in options.cohorts:
                 group = _group(options, model, cohort, pfl, Path(folder))
                 figures["groups"].append(group)
                 text += [f"## {model}, {cohort} clients per round", _table(group), _ratios(group)]
@@ -167,9 +167,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--pfl-python", help="a Python that has pfl 0.6; default: make one")
     parser.add_argument("--only", nargs="*", help="names of contestants")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--cohorts", nargs="*", type=int, default=[10, 100])
     options = parser.parse_args()
     if options.quick:
-        options.turn, options.turns = 0.05, 2
+        options.turn, options.turns, options.cohorts = 0.05, 2, [10]
         options.only = options.only or [FLOOR, ONE, TWO]
     return options
 
@@ -197,7 +199,8 @@ def _group(
         ONE: (python, "fedq_local.py", work),
         TWO: (python, "fedq_local.py", {**work, "workers": 2}),
         DEFAULT: (python, "fedq_local.py", {**work, "options": overrides}),
-        RAY: (python, "flower.py", {**work, "workers": 2}),
+        TEMPLATE: (python, "flower.py", {**work, "workers": 2, "template": True}),
+        RAY: (python, "flower.py", {**work, "workers": 2, "template": False}),
     }
     if pfl:
         entries[PFL] = (pfl, "pfl_simulated.py", work)
@@ -207,7 +210,7 @@ def _group(
         for name, (interpreter, script, job) in entries.items():
             if options.only and name not in options.only:
                 continue
-            log = folder / f"{script}-{job['workers']}.log"
+            log = folder / f"{len(contestants)}.log"
             contestant = Contestant.start(name, interpreter, script, job, log)
             stack.callback(contestant.close)
             contestants.append(contestant)
@@ -325,7 +328,7 @@ def _ratios(group: Mapping[str, Any]) -> str:
     by_name = {entry["name"]: entry for entry in group["contestants"]}
     lines = []
     one, two = by_name.get(ONE), by_name.get(TWO)
-    for other in (RAY, PFL):
+    for other in (TEMPLATE, RAY, PFL):
         if one and other in by_name:
             ratio = by_name[other]["cpu_ms_min"] / one["cpu_ms_min"]
             median = by_name[other]["cpu_ms_median"] / one["cpu_ms_median"]

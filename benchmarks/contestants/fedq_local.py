@@ -44,10 +44,20 @@ def strategy(experiment: Experiment) -> tuple[FedQ, np.ndarray, np.ndarray]:
     return fedq, trainer.weights(), trainer.state()
 
 
+def partition(experiment: Experiment, clients: int | None) -> list[np.ndarray]:
+    """Return the experiment's partition, or 40 rows for each of any number of clients."""
+    dataset = load(experiment.data)
+    if clients is None:
+        return simulation.partition(experiment, dataset)
+    rng = np.random.default_rng(experiment.seed)
+    rows = rng.integers(len(dataset.y_train), size=(clients, 40))
+    return list(rows)
+
+
 def main() -> None:
     driver = Driver()
     experiment = config.load(driver.work["options"])
-    parts = simulation.partition(experiment, load(experiment.data))
+    parts = partition(experiment, driver.work.get("federation"))
     fedq, weights, state = strategy(experiment)
     current = fedq.initial(weights, state)
     with tempfile.TemporaryDirectory() as folder:

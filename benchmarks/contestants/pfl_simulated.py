@@ -29,10 +29,12 @@ class Network(nn.Module):
         self.inner = inner
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss of a batch."""
         self.inner.train()
         return functional.cross_entropy(self.inner(x), y)
 
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, Weighted]:
+        """Return what pfl evaluates; not called here."""
         return {"loss": Weighted(float(self.loss(x, y)) * len(x), len(x))}
 
 
