@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,36 @@ from numpy.typing import NDArray
 from fedq.errors import ConfigError
 from fedq.layout import Vector
 
-if TYPE_CHECKING:
-    from fedq.aggregators.mean import MeanStream
-
 Weights = NDArray[np.float64]
 
 #: Float32 values that a coordinate-wise rule holds at once beside its input, 16 MiB.
 BLOCK_VALUES = 1 << 22
+
+
+class Stream(abc.ABC):
+    """Updates of one round that come one at a time, in any order."""
+
+    @abc.abstractmethod
+    def add(self, update: Vector, weight: float, slot: int) -> None:
+        """Add one update; on an error nothing has changed.
+
+        Args:
+          update: (d,) float32, finite; copied.
+          weight: Finite and >= 0.
+          slot: The sender's place in the cohort, below the capacity; decides the order of the rows,
+            so that the order of arrival decides nothing.
+
+        Raises:
+          ConfigError: If shape, dtype or a value is another, the slot is taken or the stream full.
+        """
+
+    @abc.abstractmethod
+    def result(self) -> Vector:
+        """Return the aggregate, (d,) float32; call it once, after the last update.
+
+        Raises:
+          ConfigError: If there are no updates, or too few for the rule.
+        """
 
 
 class Aggregator(abc.ABC):
@@ -32,7 +55,7 @@ class Aggregator(abc.ABC):
     name: ClassVar[str]
     #: Constructor arguments that the law suite tries.
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    #: Whether :meth:`stream` aggregates one update at a time, in memory independent of n.
+    #: Whether the memory of :meth:`stream` is independent of the number of updates.
     streaming: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -77,14 +100,80 @@ class Aggregator(abc.ABC):
                 raise ConfigError(f"update {i} holds NaN or infinity; drop it before aggregation")
         return self._aggregate(updates, weights)
 
-    def stream(self, d: int) -> MeanStream:
-        """Return an empty accumulator of (d,) updates, if the rule has one.
+    def stream(self, d: int, capacity: int) -> Stream:
+        """Return an empty stream of (d,) updates; unless ``streaming``, it holds them all.
+
+        Args:
+          d: Coordinates of each update.
+          capacity: Updates at most.
 
         Raises:
-          ConfigError: If the rule needs all updates at once.
+          ConfigError: If d or the capacity is negative, or memory does not suffice.
+
+        Example:
+          >>> from fedq.registry import build
+          >>> stream = build("aggregator", "median").stream(2, capacity=3)
+          >>> stream.add(np.array([4.0, 8.0], np.float32), 1, slot=2)
+          >>> stream.add(np.array([1.0, 2.0], np.float32), 1, slot=0)
+          >>> stream.result()
+          array([2.5, 5. ], dtype=float32)
         """
+        return Rows(self, d, capacity)
+
+
+class Rows(Stream):
+    """The updates of a rule that compares them, in the order of their slots.
+
+    4 d bytes per update, in one block of memory that becomes real row by row; ``result`` closes the
+    gaps of absent slots in place, so that no second block is needed.
+    """
+
+    def __init__(self, aggregator: Aggregator, d: int, capacity: int) -> None:
+        if d < 0 or capacity < 0:
+            raise ConfigError(f"a stream needs d >= 0 and capacity >= 0, not {d} and {capacity}")
+        try:
+            self._rows = np.empty((capacity, d), np.float32)
+        except (MemoryError, ValueError):
+            raise ConfigError(
+                f"aggregator={aggregator.name} holds all updates, {4 * capacity * d / 2**30:.0f} "
+                "GiB; lower clients_per_round or choose aggregator=mean"
+            ) from None
+        self._aggregator = aggregator
+        self._weights = np.zeros(capacity, np.float64)
+        self._present = np.zeros(capacity, np.bool_)
+        self._open = True
+
+    def add(self, update: Vector, weight: float, slot: int) -> None:
+        """Add one update; see :meth:`Stream.add`."""
+        if not self._open:
+            raise ConfigError("the stream has ended; start another")
+        check_update(update, self._rows.shape[1])
+        if not 0 <= slot < len(self._rows) or self._present[slot]:
+            raise ConfigError(f"slot {slot} is taken, or not one of {len(self._rows)}")
+        if not np.isfinite(update).all():
+            raise ConfigError("the update holds NaN or infinity; drop it")
+        if not 0 <= weight < np.inf:
+            raise ConfigError(f"a weight must be finite and >= 0, not {weight}")
+        self._rows[slot], self._weights[slot], self._present[slot] = update, weight, True
+
+    def result(self) -> Vector:
+        """Apply the rule; see :meth:`Stream.result`."""
+        if not self._open:
+            raise ConfigError("the stream has ended; start another")
+        self._open = False
+        slots = np.flatnonzero(self._present)
+        for row, slot in enumerate(slots):
+            if row != slot:
+                self._rows[row] = self._rows[slot]
+        rows, self._rows = self._rows[: slots.size], self._rows[:0]
+        return self._aggregator(rows, self._weights[slots])
+
+
+def check_update(update: Vector, d: int) -> None:
+    """Raise a ConfigError unless the update is (d,) float32."""
+    if update.dtype != np.float32 or update.shape != (d,):
         raise ConfigError(
-            f"aggregator={self.name} needs all updates at once; only aggregator=mean streams"
+            f"expected float32 of shape ({d},), not {update.dtype} of shape {update.shape}"
         )
 
 

@@ -10,7 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from fedq.aggregators import _exact
-from fedq.aggregators.base import Aggregator, Weights
+from fedq.aggregators.base import Aggregator, Stream, Weights, check_update
 from fedq.errors import ConfigError
 from fedq.layout import Vector
 from fedq.registry import register
@@ -44,12 +44,12 @@ class Mean(Aggregator):
         _weighted_mean(updates, weights / weights.max(), out)  # no overflow, whatever the unit
         return out
 
-    def stream(self, d: int) -> MeanStream:
-        """Return an empty exact mean of (d,) updates."""
+    def stream(self, d: int, capacity: int = 0) -> MeanStream:
+        """Return an empty exact mean of (d,) updates; its capacity is 2**20 whatever is asked."""
         return MeanStream(d)
 
 
-class MeanStream:
+class MeanStream(Stream):
     """A weighted mean of one update at a time, exactly independent of their order.
 
     Sums are integers: 16 bytes per coordinate, however many updates come. An update counts exactly
@@ -84,22 +84,19 @@ class MeanStream:
         """The sum of the weights as they were rounded."""
         return self._units / self.WEIGHT_UNITS
 
-    def add(self, update: Vector, weight: float) -> None:
+    def add(self, update: Vector, weight: float, slot: int = 0) -> None:
         """Add one update; on an error nothing has changed.
 
         Args:
           update: (d,) float32 with ``|x| < 2**15``.
           weight: In [0, 2**20); what rounds to a multiple of ``2**-10`` loses nothing.
+          slot: Ignored: the order of updates does not matter.
 
         Raises:
           ConfigError: If the update has another shape, dtype or range (or holds NaN), if the weight
             is out of range or too small to count, or after ``2**20`` updates.
         """
-        if update.dtype != np.float32 or update.shape != self._high.shape:
-            raise ConfigError(
-                f"expected float32 of shape {self._high.shape}, "
-                f"not {update.dtype} of shape {update.shape}"
-            )
+        check_update(update, self._high.size)
         units = self._weight_units(weight)
         self._check_count(1)
         bits = np.ascontiguousarray(update).view(np.int32)

@@ -200,13 +200,93 @@ def test_trim_is_validated(trim: float) -> None:
         build("aggregator", "trimmed_mean", trim=trim)
 
 
+# --- streams ------------------------------------------------------------------------------------
+
+
 @every
-def test_streams_where_it_says_so(aggregator: Aggregator) -> None:
+@pytest.mark.parametrize("absent", [set(), {0}, {3, 4, 8}])
+def test_a_stream_gives_the_aggregate_whatever_the_order(
+    aggregator: Aggregator, absent: set[int]
+) -> None:
+    updates, weights = normal(9, 50), np.arange(1.0, 10.0)
+    there = [slot for slot in range(9) if slot not in absent]
+    results = []
+    for order in (there, there[::-1], np.random.default_rng(1).permutation(there).tolist()):
+        stream = aggregator.stream(50, capacity=9)
+        for slot in order:
+            update = updates[slot].copy()
+            stream.add(update, weights[slot], slot)
+            update[:] = np.nan  # the stream has its own copy
+        results.append(stream.result())
+    whole = aggregator(updates[there], weights[there])
+    assert np.allclose(results[0], whole, rtol=2**-22, atol=2**-38)
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+@every
+def test_a_refused_update_changes_nothing(aggregator: Aggregator) -> None:
+    stream, update = aggregator.stream(3, capacity=2), np.array([1, 2, 3], np.float32)
+    for bad in (update[:2], update.astype(float), update * np.float32(np.nan), update[None]):
+        with pytest.raises(ConfigError):
+            stream.add(bad, 1, slot=0)
+    for weight in (-1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="weight"):
+            stream.add(update, weight, slot=0)
+    stream.add(update, 1, slot=0)
+    assert np.array_equal(stream.result(), update)
+
+
+@every
+def test_an_empty_stream_has_no_result(aggregator: Aggregator) -> None:
+    for capacity in (0, 5):
+        with pytest.raises(ConfigError):
+            aggregator.stream(3, capacity=capacity).result()
+    with pytest.raises(ConfigError, match="d >= 0"):
+        aggregator.stream(-1, capacity=1)
+
+
+@every
+def test_memory_of_a_stream_is_as_it_says(aggregator: Aggregator) -> None:
     if aggregator.streaming:
-        assert aggregator.stream(3).count == 0
+        aggregator.stream(8, capacity=2**60)
     else:
-        with pytest.raises(ConfigError, match="all updates at once"):
-            aggregator.stream(3)
+        with pytest.raises(ConfigError, match="clients_per_round"):
+            aggregator.stream(8, capacity=2**60)
+
+
+class Weighty(Aggregator):
+    """Row numbers and weights, to see what a rule is given."""
+
+    name = "weighty"
+
+    def breakdown(self, n: int) -> int:
+        return 0
+
+    def _aggregate(self, updates: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray:
+        return np.append(updates[:, 0], weights).astype(np.float32)
+
+
+def test_rows_come_in_the_order_of_the_slots() -> None:
+    stream = Weighty().stream(1, capacity=10)
+    for slot in (7, 2, 9, 0):
+        stream.add(np.array([slot], np.float32), slot + 100, slot)
+    assert stream.result().tolist() == [0, 2, 7, 9, 100, 102, 107, 109]
+
+
+def test_rows_have_one_update_per_slot_and_one_result() -> None:
+    stream, update = build("aggregator", "median").stream(1, capacity=2), np.ones(1, np.float32)
+    for slot in (-1, 2):
+        with pytest.raises(ConfigError, match=f"slot {slot}"):
+            stream.add(update, 1, slot)
+    stream.add(update, 1, 1)
+    with pytest.raises(ConfigError, match="slot 1"):
+        stream.add(update, 1, 1)
+    stream.result()
+    with pytest.raises(ConfigError, match="ended"):
+        stream.add(update, 1, 0)
+    with pytest.raises(ConfigError, match="ended"):
+        stream.result()
 
 
 # --- the exact stream --------------------------------------------------------------------------
