@@ -155,7 +155,8 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
     for number, cell in enumerate(cells, 1):
         print(f"[{number}/{len(cells)}] {' '.join(cell)}")
         try:
-            _simulate_one(cell)
+            if _simulate_one(cell) == INTERRUPTED:
+                return INTERRUPTED
         except FedqError as error:
             _complain(str(error))
             status = FAILURE

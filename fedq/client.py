@@ -184,7 +184,8 @@ class Task:
 
     def drop(self, reason: str) -> Message:
         """Answer without an update, and say why."""
-        return _dropped(self.message, self.round, reason)
+        more = {"kept": True} if self.kept else {}
+        return _dropped(self.message, self.round, reason, **more)
 
 
 def _answer(message: Message, envelope: wire.Envelope) -> Message:
@@ -241,13 +242,23 @@ class SimulatedSite:
         return StateStore(self.state_directory, self.models)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What one request of the server says: the same for many simulated clients."""
+
+    blob: bytes
+    task: Task
+    trainer: Trainer
+    training: TrainingConfig
+
+
 @dataclass
 class Client:
     """Trains what the server names on the site's data; one model is kept between messages."""
 
     site: Site
     _trainer: tuple[str, Trainer] | None = field(default=None, repr=False)
-    _opened: list[tuple[bytes, Task]] = field(default_factory=list, repr=False)
+    _requests: list[_Request] = field(default_factory=list, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer one training request."""
@@ -255,18 +266,17 @@ class Client:
 
         store = self.site.store(context)
         try:
-            task = self._open(message, store)
+            request = self._open(message, store)
         except NoBaseError as error:
             return Task.refuse(message, error)
-        trainer = self._trainer_for(task.metadata)
-        config = TrainingConfig.from_config(task.metadata["training"])
+        task, trainer = dataclasses.replace(request.task, message=message), request.trainer
         client = self.site.identity(context)
         x, y = self.site.examples(context)
         if len(y) == 0:
             return task.drop(f"client {client} has no training data")
         trainer.load(task.weights, task.state)
         try:
-            trained = trainer.train(x, y, config, task.seed(client, "train"))
+            trained = trainer.train(x, y, request.training, task.seed(client, "train"))
         except Diverged as error:
             return task.drop(str(error))
         return task.reply(
@@ -278,19 +288,21 @@ class Client:
             store=store,
         )
 
-    def _open(self, message: Message, store: StateStore) -> Task:
+    def _open(self, message: Message, store: StateStore) -> _Request:
         blob = records.unpack(message.content)
         # Simulated clients of a round share requests; a worker decodes each once. There are few,
         # and to compare bytes costs less than to hash them.
-        for known, task in self._opened:
-            if known == blob:
-                return dataclasses.replace(task, message=message)
+        for request in self._requests:
+            if request.blob == blob:
+                return request
         envelope = wire.unseal(blob)
         trainer = self._trainer_for(envelope.metadata)
         task = Task._of(message, envelope, trainer.layout, trainer.state_layout, store)
-        self._opened = [(b, t) for b, t in self._opened if t.round == task.round]
-        self._opened.append((blob, task))
-        return task
+        training = TrainingConfig.from_config(task.metadata["training"])
+        request = _Request(blob, task, trainer, training)
+        self._requests = [r for r in self._requests if r.task.round == task.round]
+        self._requests.append(request)
+        return request
 
     def _trainer_for(self, metadata: Mapping[str, Any]) -> Trainer:
         from fedq.training import trainer_for

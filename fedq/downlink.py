@@ -33,7 +33,18 @@ class Broadcasts:
         oldest, needed = server_round - history, set(held.values())
         sent = {**self.sent, server_round: whole}
         recent = {r: payload for r, payload in sent.items() if r > oldest and r in needed}
-        return Broadcasts(recent, held)
+        return Broadcasts(recent, {node: r for node, r in held.items() if r in recent})
+
+
+def models_kept(history: int) -> int:
+    """Return how many received models a directory shared by all clients must hold.
+
+    The oldest base that a round may use, the round's own model, and all between.
+
+    >>> models_kept(16)
+    18
+    """
+    return history + 2
 
 
 class Downlink:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from fedq import registry
+from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.errors import ConfigError, unknown
 from fedq.training_config import TrainingConfig
 
@@ -28,6 +29,8 @@ CHOICES: dict[str, str] = {
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
+#: What the exact sum of the mean can weigh one update with.
+MAX_WEIGHT = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,17 @@ class Experiment:
             "downlink_history must be 0 to 1000 rounds",
             self.downlink_history,
         )
-        _check(self.max_examples >= 1, "max_examples must be at least 1", self.max_examples)
+        _check(
+            1 <= self.max_examples < MAX_WEIGHT,
+            f"max_examples must be at least 1 and below {MAX_WEIGHT}",
+            self.max_examples,
+        )
+        _check(
+            not isinstance(self.downlink, ErrorFeedback),
+            "downlink cannot feed errors back: the server keeps the float model itself;"
+            " choose the inner codec",
+            self.downlink.name,
+        )
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     @property
@@ -170,12 +183,6 @@ class Experiment:
     def replace(self, **changes: Any) -> Experiment:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-    def cohort(self, clients: int) -> int:
-        """Return how many of ``clients`` are sampled per round, at least 1."""
-        if isinstance(self.clients_per_round, int):
-            return min(self.clients_per_round, clients)
-        return max(1, round(self.clients_per_round * clients))
 
 
 @cache

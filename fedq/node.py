@@ -23,6 +23,7 @@ from rich.console import Console
 from fedq import config, progress, registry, server, simulation
 from fedq.client import Client, SimulatedSite, Site
 from fedq.data.base import load
+from fedq.downlink import models_kept
 from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
@@ -120,7 +121,7 @@ def _site(context: Context) -> Site:
     parts = simulation.partition(experiment, load(experiment.data))
     if experiment.run_dir is not None:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
-    models = max(experiment.downlink_history, 1)
+    models = models_kept(experiment.downlink_history)
     return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
 
 

@@ -94,7 +94,10 @@ def watch(console: Console) -> Any:
 
             def observe(record: Mapping[str, Any]) -> None:
                 totals.add(record)
-                _warn(record)
+                if record.get("resumed"):  # from before this process: told already, took no time
+                    progress.update(bar, first=record["round"])
+                else:
+                    _warn(record)
                 progress.update(bar, completed=record["round"], text=totals.text())
 
             yield observe
@@ -104,9 +107,13 @@ def watch(console: Console) -> Any:
         totals, start, first = _Totals(), time.monotonic(), 0
 
         def observe(record: Mapping[str, Any]) -> None:
+            nonlocal first
             totals.add(record)
-            _warn(record)
             done = record["round"]
+            if record.get("resumed"):
+                first = done
+                return
+            _warn(record)
             left = (time.monotonic() - start) / max(done - first, 1) * (experiment.rounds - done)
             console.print(
                 f"{experiment.name}  round {done}/{experiment.rounds}  {totals.text()}"

@@ -26,7 +26,13 @@ def pack(blob: bytes) -> RecordDict:
     """Return a message content that carries ``blob``; the inverse of :func:`unpack`."""
     if len(blob) < ARRAY_FROM_BYTES:
         return RecordDict({KEY: ConfigRecord({"blob": blob})})
-    return RecordDict({KEY: ArrayRecord({"blob": Array("uint8", (len(blob),), STYPE, blob)})})
+    record, content = (
+        ArrayRecord(),
+        RecordDict(),
+    )  # set item by item: half the time of Flower's init
+    record["blob"] = Array("uint8", (len(blob),), STYPE, blob)
+    content[KEY] = record
+    return content
 
 
 def unpack(content: RecordDict) -> bytes:
@@ -45,11 +51,3 @@ def unpack(content: RecordDict) -> bytes:
         if array is not None and array.stype == STYPE:
             return array.data
     raise DecodeError("the message carries no fedq blob")
-
-
-def blob_bytes(content: RecordDict) -> int:
-    """Return the length of a message's blob in bytes, 0 if it carries none."""
-    try:
-        return len(unpack(content))
-    except DecodeError:
-        return 0

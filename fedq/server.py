@@ -121,7 +121,7 @@ class _Server:
         }
         if self.observer is not None:
             for record in self.directory.rounds():
-                self.observer(record)
+                self.observer({**record, "resumed": True})
         return ServerState(
             saved.round,
             saved.tensors["weights"],
@@ -200,6 +200,7 @@ def summarise(
             "downlink_bytes",
             "float32_uplink_bytes",
             "float32_downlink_bytes",
+            "received",
             "replies",
             "sampled",
         )
@@ -208,7 +209,10 @@ def summarise(
     for record in rounds:
         for reason, count in record["rejected"].items():
             rejected[reason] = rejected.get(reason, 0) + count
-    judged = [record for record in rounds if record.get("accuracy") is not None][-1]
+    evaluated = [record for record in rounds if record.get("accuracy") is not None]
+    if not evaluated:
+        raise FedqError("rounds.jsonl has no evaluated round; start the run again")
+    judged = evaluated[-1]
 
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
@@ -217,14 +221,14 @@ def summarise(
         "name": experiment.name,
         "accuracy": judged["accuracy"],
         "float_accuracy": judged["float_accuracy"],
-        "best_accuracy": float(np.max([r["accuracy"] for r in rounds if r.get("accuracy")] or [0])),
+        "best_accuracy": max(record["accuracy"] for record in evaluated),
         "loss": judged["loss"],
         "rounds": rounds[-1]["round"],
         "clients": experiment.clients,
         "parameters": parameters,
         "uplink_bytes": total["uplink_bytes"],
         "downlink_bytes": total["downlink_bytes"],
-        "uplink_bits_per_parameter": bits("uplink_bytes", "replies"),
+        "uplink_bits_per_parameter": bits("uplink_bytes", "received"),
         "downlink_bits_per_parameter": bits("downlink_bytes", "sampled"),
         "float32_uplink_bytes": total["float32_uplink_bytes"],
         "float32_downlink_bytes": total["float32_downlink_bytes"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from fedq import config, registry, server
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
+from fedq.downlink import models_kept
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
@@ -62,6 +64,15 @@ def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64
     return parts
 
 
+def anchored(experiment: Experiment) -> Experiment:
+    """Return the experiment with absolute paths: it may be resumed from another folder."""
+    data = experiment.data
+    if isinstance(getattr(data, "path", None), str):
+        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+    plugins = tuple(str(Path(plugin).expanduser().resolve()) for plugin in experiment.plugins)
+    return experiment.replace(data=data, plugins=plugins)
+
+
 def make_site(
     data: Mapping[str, Any],
     plugins: tuple[str, ...],
@@ -80,6 +91,7 @@ def run_experiment(
 ) -> Outcome:
     """Run one experiment into a directory, or continue the one that is there."""
     dataset = load(experiment.data)
+    experiment = anchored(experiment)
     parts = partition(experiment, dataset)
     filled = [part for part in parts if len(part)]
     if len(filled) < len(parts):
@@ -92,8 +104,7 @@ def run_experiment(
         tuple(experiment.plugins),
         filled,
         path.resolve() / CLIENT_STATE,
-        # The oldest base of a round, and the round's own model, which clients keep at once.
-        experiment.downlink_history + 2,
+        models_kept(experiment.downlink_history),
     )
     directory = (
         RunDirectory.open(path, needs_checkpoint=False)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from logging import INFO, WARNING
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import records, registry, wire
-from fedq.aggregators.base import Aggregator
+from fedq.aggregators.base import Aggregator, Stream
 from fedq.aggregators.mean import Mean
 from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
@@ -49,6 +50,8 @@ from flwr.serverapp.strategy import Result, Strategy
 #: A round without a quorum changes nothing; after this many in a row the run stops.
 PATIENCE = 3
 MAX_REASONS = 3
+#: Beyond any sane loss; sums of such losses stay finite.
+MAX_LOSS = 1e30
 #: Far beyond any sane update, and within what the exact sum of the mean can hold.
 MAX_ABSOLUTE = 2.0**14
 
@@ -80,6 +83,7 @@ class RoundReport:
 
     round: int
     sampled: int = 0
+    received: int = 0
     replies: int = 0
     uplink_bytes: int = 0
     downlink_bytes: int = 0
@@ -92,10 +96,11 @@ class RoundReport:
     skipped: bool = False
 
     def reject(self, kind: str, reason: str) -> None:
-        """Count a lost update, and keep the first few reasons."""
+        """Count a lost update, and keep the first few reasons, fit for a terminal."""
         self.rejected[kind] += 1
         if len(self.reasons) < MAX_REASONS:
-            self.reasons.append(f"{kind}: {reason}"[:200])
+            printable = "".join(c if c.isprintable() else " " for c in f"{kind}: {reason}")
+            self.reasons.append(" ".join(printable.split())[:200])
 
 
 class RejectedError(Exception):
@@ -114,7 +119,6 @@ class Update:
     state: Vector
     weight: float
     loss: float | None
-    kept: bool
 
 
 class FedQ(Strategy):
@@ -225,11 +229,10 @@ class FedQ(Strategy):
             messages.append(
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
-        # The yardstick is a real message too: the same one with nothing compressed.
-        plain = self._blob(before, Identity().encode(before.weights, self.layout))
-        report.float32_downlink_bytes = len(plain) * len(nodes)
+        report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
         slots = {node: slot for slot, node in enumerate(nodes)}
-        return _Round(before, report, messages, slots, whole, start)
+        held = dict(before.broadcasts.held)
+        return _Round(before, report, messages, slots, held, whole, start)
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -276,28 +279,19 @@ class FedQ(Strategy):
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
         before, report = current.before, current.report
-        combine = (
-            _Streamed(self.aggregator, self.layout.size)
-            if self.aggregator.streaming
-            else _Collected(self.aggregator)
-        )
-        states = _Streamed(Mean(), self.state_layout.size)
-        float32_bytes = len(self._reply_yardstick(before))
+        deltas = self.aggregator.stream(self.layout.size, report.sampled)
+        states = self.aggregator.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
-        held = dict(before.broadcasts.held)
         for reply in replies:
             try:
-                slot, update = self._open(reply, current, float32_bytes)
+                slot, update = self._open(reply, current)
             except RejectedError as error:
                 report.reject(error.kind, str(error))
-                if error.kind == "no base":
-                    held.pop(reply.metadata.src_node_id, None)
                 continue
-            combine.add(slot, update.delta, update.weight)
-            states.add(slot, update.state, update.weight)
+            deltas.add(update.delta, update.weight, slot)
+            states.add(update.state, update.weight, slot)
             report.replies += 1
-            if update.kept:
-                held[reply.metadata.src_node_id] = report.round
+            report.float32_uplink_bytes += self._float32_reply_bytes
             if update.loss is not None:
                 losses.append((update.loss, update.weight))
         if current.waiting:
@@ -305,9 +299,11 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
-        after = self._step(current, combine, states)
+        after = self._step(current, deltas, states)
         if self.downlink.history:
-            sent = before.broadcasts.after(report.round, current.whole, held, self.downlink.history)
+            sent = before.broadcasts.after(
+                report.round, current.whole, current.held, self.downlink.history
+            )
             after = dataclasses.replace(after, broadcasts=sent)
         report.seconds = time.perf_counter() - current.start
         if after.failures >= PATIENCE:
@@ -318,78 +314,96 @@ class FedQ(Strategy):
             )
         return after
 
-    def _step(
-        self, current: _Round, combine: _Streamed | _Collected, states: _Streamed
-    ) -> ServerState:
+    def _step(self, current: _Round, deltas: Stream, states: Stream) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
         if report.replies < self._needed(report.sampled):
             report.skipped = True
             return same
         try:
-            delta = combine.result()
+            delta, state = deltas.result(), states.result()
         except ConfigError as error:  # e.g. too few updates for a robust rule
             report.skipped = True
             report.reject("aggregator", str(error))
             return same
-        weights, optimizer = self.server_optimizer.step(
-            before.weights, delta, dict(before.optimizer)
-        )
-        if not np.isfinite(weights).all():
-            raise FedqError(
-                f"the global model is no longer finite after round {report.round}; "
-                "lower learning_rate or the server optimiser's rate"
+        try:
+            weights, optimizer = self.server_optimizer.step(
+                before.weights, delta, dict(before.optimizer)
             )
-        return ServerState(report.round, weights, states.result(), optimizer)
+        except ConfigError as error:
+            raise FedqError(
+                f"round {report.round} cannot be applied ({error}); "
+                "lower learning_rate or the server optimiser's rate"
+            ) from error
+        return ServerState(report.round, weights, state, optimizer)
 
-    def _reply_yardstick(self, before: ServerState) -> bytes:
-        delta = Identity().encode(before.weights, self.layout)
-        state = Identity().encode(before.state, self.state_layout)
-        metadata = {"round": before.round + 1, "examples": 100, "loss": 0.123456}
-        return wire.seal(wire.Envelope(metadata, [delta, state]))
+    @cached_property
+    def _float32(self) -> bytes:
+        """The payload of an uncompressed vector of weights: the yardstick, a real one too."""
+        return Identity().encode(np.zeros(self.layout.size, np.float32), self.layout)
 
-    def _open(self, reply: Message, current: _Round, float32_bytes: int) -> tuple[int, Update]:
+    @cached_property
+    def _float32_reply_bytes(self) -> int:
+        state = Identity().encode(np.zeros(self.state_layout.size, np.float32), self.state_layout)
+        metadata = {"round": 10, "examples": 100, "loss": 0.123456}
+        return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
+
+    def _open(self, reply: Message, current: _Round) -> tuple[int, Update]:
         """Check one reply and decode it; whatever makes it unusable is a RejectedError."""
-        report, waiting = current.report, current.waiting
-        node = reply.metadata.src_node_id
+        report = current.report
         if reply.has_error():
-            # Flower answers for an unreachable node in its own name, so the node may be unknown.
-            waiting.pop(node, None)
+            current.answer(reply)
             raise RejectedError("error", str(reply.error.reason))
-        if node not in waiting:
-            raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
-        slot = waiting.pop(node)
         try:
             blob = records.unpack(reply.content)
-            report.uplink_bytes += len(blob)
-            report.float32_uplink_bytes += float32_bytes
+        except DecodeError as error:
+            current.answer(reply)
+            raise RejectedError("malformed", str(error)) from None
+        report.received += 1
+        report.uplink_bytes += len(blob)
+        node, slot = current.answer(reply)
+        if slot is None:
+            raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
+        try:
             message = wire.unseal(blob)
+            metadata = message.metadata
+            if metadata.get("round") != report.round:
+                raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
+            self._note_base(node, metadata, current)
+            return slot, self._update(message)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
+
+    def _note_base(self, node: int, metadata: Mapping[str, Any], current: _Round) -> None:
+        kept = metadata.get("kept")
+        if kept is True:
+            current.held[node] = current.report.round
+        elif kept is False:
+            current.held.pop(node, None)
+            raise RejectedError("no base", str(metadata.get("dropped")))
+
+    def _update(self, message: wire.Envelope) -> Update:
         metadata = message.metadata
-        if metadata.get("round") != report.round:
-            raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
         if "dropped" in metadata:
-            kind = "no base" if metadata.get("kept") is False else "dropped"
-            raise RejectedError(kind, str(metadata["dropped"]))
+            raise RejectedError("dropped", str(metadata["dropped"]))
         examples, loss = metadata.get("examples"), metadata.get("loss")
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise RejectedError("malformed", f"claims {examples!r} examples")
-        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
-            raise RejectedError("malformed", f"claims a loss of {loss!r}")
+            raise DecodeError(f"claims {examples!r} examples")
+        number = isinstance(loss, int | float) and not isinstance(loss, bool)
+        if loss is not None and not (number and abs(loss) <= MAX_LOSS):
+            raise DecodeError("claims a loss that is no sane number")
         if len(message.parts) != 2:
-            raise RejectedError("malformed", f"{len(message.parts)} parts instead of 2")
-        try:
-            delta = self.codec.decode(message.parts[0], self.layout)
-            state = Identity().decode(message.parts[1], self.state_layout)
-        except DecodeError as error:
-            raise RejectedError("malformed", str(error)) from None
+            raise DecodeError(f"{len(message.parts)} parts instead of 2")
+        codec = wire.open_frame(message.parts[0], self.layout).codec
+        if codec != self.codec:  # another width could be longer than float32
+            raise DecodeError(f"encoded by {codec} where {self.codec} was asked for")
+        delta = self.codec.decode(message.parts[0], self.layout)
+        state = Identity().decode(message.parts[1], self.state_layout)
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        kept = metadata.get("kept") is True
-        return slot, Update(delta, state, weight, None if loss is None else float(loss), kept)
+        return Update(delta, state, weight, None if loss is None else float(loss))
 
     # --- Flower's interface ------------------------------------------------------------------
 
@@ -477,38 +491,19 @@ class _Round:
     report: RoundReport
     messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
+    held: dict[int, int]
     whole: bytes
     start: float
 
-
-class _Streamed:
-    """Updates added as they arrive; the sum is exact, so that their order does not matter."""
-
-    def __init__(self, aggregator: Aggregator, d: int) -> None:
-        self._stream = aggregator.stream(d)
-
-    def add(self, slot: int, update: Vector, weight: float) -> None:
-        self._stream.add(update, weight)
-
-    def result(self) -> Vector:
-        return self._stream.result()
-
-
-class _Collected:
-    """Updates kept for a rule that compares them, in the order of the cohort."""
-
-    def __init__(self, aggregator: Aggregator) -> None:
-        self._aggregator = aggregator
-        self._rows: list[tuple[int, Vector, float]] = []
-
-    def add(self, slot: int, update: Vector, weight: float) -> None:
-        self._rows.append((slot, update, weight))
-
-    def result(self) -> Vector:
-        rows = sorted(self._rows, key=lambda row: row[0])
-        return self._aggregator(
-            np.stack([update for _, update, _ in rows]), np.array([weight for *_, weight in rows])
-        )
+    def answer(self, reply: Message) -> tuple[int, int | None]:
+        """Take a node off the waiting list; its place is None if it was not on it."""
+        node = reply.metadata.src_node_id
+        if reply.has_error() and node not in self.waiting:
+            # Flower answers for an unreachable node in its own name: the message tells which.
+            replied = reply.metadata.reply_to_message_id
+            asked = (m.metadata for m in self.messages if m.metadata.message_id == replied)
+            node = next((metadata.dst_node_id for metadata in asked), node)
+        return node, self.waiting.pop(node, None)
 
 
 def _numpy(arrays: ArrayRecord) -> dict[str, NDArray[Any]]:

@@ -258,8 +258,11 @@ class Envelope:
     parts: Sequence[bytes | memoryview] = dataclasses.field(default=())
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def seal(message: Envelope) -> bytes:
@@ -292,7 +295,8 @@ def unseal(data: bytes | memoryview) -> Envelope:
     if length > MAX_METADATA_BYTES:
         raise DecodeError(f"{length} bytes of metadata; at most {MAX_METADATA_BYTES} are read")
     try:
-        metadata = json.loads(bytes(reader.take(length)), parse_constant=_refuse_constant)
+        text = bytes(reader.take(length))
+        metadata = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"metadata is not JSON: {error}") from None
     if not isinstance(metadata, dict):

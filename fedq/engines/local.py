@@ -11,6 +11,7 @@ does not depend on it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ FIRST_NODE = 2  # Flower reserves 1 for the SuperLink
 RUN_ID = 1
 CLIENT_APP_RAISED_EXCEPTION = 2  # flwr's ErrorCode for an exception in the ClientApp
 ORPHAN_CHECK_S = 1.0
+GRACE_S = 2.0
 
 
 @register("engine", "local")
@@ -124,7 +126,6 @@ class LocalGrid(Grid):
         self._workers: list[_Worker] = []
         self._replies = select.poll()  # the pipes of busy workers
         self._memory: mmap.mmap | None = None
-        self._half = 0
         self._states: dict[int, RecordDict] = {}
         self._jobs = 0
         self._finished: dict[str, Message] = {}
@@ -190,8 +191,9 @@ class LocalGrid(Grid):
         if not jobs:
             return
         self._write(jobs)
-        # A job queued behind a hung client would miss the deadline with it.
-        depth = QUEUED_PER_WORKER if timeout is None else 1
+        # A job queued behind a hung client would miss the deadline with it; one that carries a
+        # node's state may not fit the pipe while its worker sends a reply, and both would wait.
+        depth = QUEUED_PER_WORKER if timeout is None and not self._states else 1
         deadline = None if timeout is None else time.monotonic() + timeout
         running: set[int] = {job.number for job in jobs}
         try:
@@ -256,15 +258,11 @@ class LocalGrid(Grid):
                 pieces.append(data)
                 end += len(data)
             job.offset, job.length = contents[key]
-        # Two halves in turn: a worker late with the last round still reads that round's content.
-        if self._memory is None or end > len(self._memory) // 2:
+        # No worker reads any more: all replies of the last messages are in, or their workers gone.
+        if self._memory is None or end > len(self._memory):
             self.close()
-            self._memory = mmap.mmap(-1, 2 * max(2 * end, mmap.PAGESIZE))
-        self._half ^= 1
-        base = self._half * (len(self._memory) // 2)
-        self._memory[base : base + end] = b"".join(pieces)
-        for job in jobs:
-            job.offset += base
+            self._memory = mmap.mmap(-1, max(2 * end, mmap.PAGESIZE))
+        self._memory[:end] = b"".join(pieces)
         while len(self._workers) < self._count:
             self._workers.append(self._start())
 
@@ -322,7 +320,8 @@ class LocalGrid(Grid):
         fresh = self._start()
         self._workers[self._workers.index(worker)] = fresh
         for job in queued:
-            self._send(fresh, job)
+            with contextlib.suppress(OSError):  # found by the poll of its pipe
+                self._send(fresh, job)
         return lost, self._error(lost, f"the client's process died ({why})")
 
     @staticmethod
@@ -339,6 +338,8 @@ class LocalGrid(Grid):
     def _end(self, worker: _Worker) -> None:
         if worker.queue:
             self._replies.unregister(worker.pipe)
+        worker.process.join(GRACE_S)
+        worker.process.kill()  # it may have closed its pipe and live on
         worker.process.join()
         worker.pipe.close()
 
@@ -355,6 +356,8 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     for other in others:  # else a pipe would outlive the server in its workers
         other.close()
+    for name in ("fedq", "py.warnings"):  # the live display's lock may have been held at the fork
+        logging.getLogger(name).handlers.clear()
     parent = os.getppid()
     requests = select.poll()  # pipe.poll() would make a selector for each job
     requests.register(pipe.fileno(), select.POLLIN)
