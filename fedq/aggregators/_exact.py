@@ -12,8 +12,9 @@ of the weight. With |x| < 2**15, weights below 2**30 and 2**20 additions it stay
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from fedq.jit import jit
 
 FRACTION_BITS = 61
 RANGE_BITS = 15
@@ -21,7 +22,7 @@ _BIAS = 127 + 23  # a float32 is its 24-bit significand times 2**(exponent field
 _BEYOND = 127 + RANGE_BITS  # the exponent field of 2**RANGE_BITS; infinity and NaN have 255
 
 
-@njit(cache=True, nogil=True)
+@jit
 def in_range(bits: NDArray[np.int32]) -> bool:
     """Whether all float32 values, given as their (d,) int32 bits, lie inside +-2**RANGE_BITS."""
     largest = np.int32(0)
@@ -30,7 +31,7 @@ def in_range(bits: NDArray[np.int32]) -> bool:
     return bool((largest >> 23) < _BEYOND)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def add(
     high: NDArray[np.int64], low: NDArray[np.uint64], bits: NDArray[np.int32], weight: int
 ) -> None:
@@ -54,7 +55,7 @@ def add(
         high[j] += ((product >> (np.int64(63) - shift)) >> 1) + np.int64(new < old)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def merge(
     high: NDArray[np.int64],
     low: NDArray[np.uint64],
@@ -69,7 +70,7 @@ def merge(
         high[j] += other_high[j] + np.int64(new < old)
 
 
-@njit(cache=True, nogil=True)
+@jit
 def divide(
     high: NDArray[np.int64], low: NDArray[np.uint64], total: int, out: NDArray[np.float32]
 ) -> None:

@@ -6,12 +6,12 @@ import math
 from typing import ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from fedq.aggregators import _exact
 from fedq.aggregators.base import Aggregator, Stream, Weights, check_update
 from fedq.errors import ConfigError
+from fedq.jit import jit
 from fedq.layout import Vector
 from fedq.registry import register
 
@@ -143,7 +143,7 @@ class MeanStream(Stream):
             raise ConfigError(f"a stream holds at most {self.MAX_COUNT} updates")
 
 
-@njit(cache=True, nogil=True)
+@jit
 def _weighted_mean(
     updates: NDArray[np.float32], weights: NDArray[np.float64], out: NDArray[np.float32]
 ) -> None:

@@ -21,15 +21,14 @@ trailing zero bytes are dropped, and the decoder checks both. Reads past the end
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from fedq.errors import DecodeError
+from fedq.jit import jit
 
 Integers = NDArray[np.int32]
 
@@ -92,14 +91,7 @@ def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     return tuple(np.array(t, np.int64) for t in (squash, stretch, reciprocal))  # type: ignore[return-value]
 
 
-def _jit(function: Any) -> Any:
-    compiled = numba.njit(nogil=True)(function)
-    with suppress(RuntimeError):  # read-only disk: compile in every process
-        compiled.enable_caching()
-    return compiled
-
-
-@_jit
+@jit
 def _shift(state, buffer):  # type: ignore[no-untyped-def]
     """Move the top byte of ``low`` out, after any carry; bytes beyond the buffer only count."""
     low = state[_LOW]
@@ -117,7 +109,7 @@ def _shift(state, buffer):  # type: ignore[no-untyped-def]
     state[_LOW] = (low & 0x00FFFFFF) << 8
 
 
-@_jit
+@jit
 def _narrow(bit, bound, state, buffer, decoding):  # type: ignore[no-untyped-def]
     """Code one decision whose interval for 1 is the lower ``bound`` of the range."""
     if decoding:
@@ -141,7 +133,7 @@ def _narrow(bit, bound, state, buffer, decoding):  # type: ignore[no-untyped-def
     return bit
 
 
-@_jit
+@jit
 def _decide(bit, row, a, b, c, d, e, coder):  # type: ignore[no-untyped-def]
     """Code one decision in contexts a to e, and learn from it."""
     probability, count, weight, squash, stretch, reciprocal, state, buffer, decoding = coder
@@ -171,7 +163,7 @@ def _decide(bit, row, a, b, c, d, e, coder):  # type: ignore[no-untyped-def]
     return bit
 
 
-@_jit
+@jit
 def _class(magnitude):  # type: ignore[no-untyped-def]
     """Quantise a running magnitude (8 fractional bits) to 0 ... _CLASSES - 1."""
     for i, bound in enumerate(
@@ -182,7 +174,7 @@ def _class(magnitude):  # type: ignore[no-untyped-def]
     return _CLASSES - 1
 
 
-@_jit
+@jit
 def _strength(magnitude):  # type: ignore[no-untyped-def]
     """Quantise a predicted magnitude (8 fractional bits) to 0 ... 7."""
     for i, bound in enumerate((2, 8, 20, 48, 100, 200, 400)):
@@ -191,7 +183,7 @@ def _strength(magnitude):  # type: ignore[no-untyped-def]
     return 7
 
 
-@_jit
+@jit
 def _escape(rest, c1, c2, cm, strength, coder):  # type: ignore[no-untyped-def]
     """Code ``rest >= 1`` in Exp-Golomb form; return it, or 0 for a form no encoder writes."""
     prefix = 0
@@ -229,7 +221,7 @@ def _escape(rest, c1, c2, cm, strength, coder):  # type: ignore[no-untyped-def]
     return number
 
 
-@_jit
+@jit
 def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
     """Code all tensors; return 0, or 1 for an escape that no encoder writes."""
     decoding = coder[-1]
