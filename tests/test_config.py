@@ -37,6 +37,8 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["learning_rate=-1"], "learning_rate"),
         (["batch_size=0"], "batch_size"),
         (["quorum=2"], "quorum"),
+        (["max_examples=2000000"], "max_examples"),
+        (["downlink=error_feedback", "downlink.inner=sign"], "cannot feed errors back"),
         (["engine.workers=-1"], "engine.workers"),
         (["experiment=fedadm"], "did you mean 'fedadam'"),
         (["rounds"], "write option=value"),

@@ -55,8 +55,7 @@ def test_exceptions_and_deaths_cost_one_reply(workers: int) -> None:
         assert len(replies) == 7
         assert "ValueError: sensor is unplugged" in replies[1].error.reason
         assert "died (signal 9)" in replies[2].error.reason
-        good = [n for n, reply in replies.items() if not reply.has_error()]
-        assert good.sort() is None
+        good = sorted(n for n, reply in replies.items() if not reply.has_error())
         assert good == [0, 4, 5, 6, 7]
         assert len(send(grid, *range(4, 10))) == 6  # and the grid still works
 
@@ -72,9 +71,7 @@ def test_workers_persist() -> None:
 
 def test_a_hung_client_does_not_hold_the_round() -> None:
     with LocalGrid(toy, 10, workers=2) as grid:
-        start = time.monotonic()
         replies = send(grid, 3, 4, 5, 6, timeout=2.0)
-        assert time.monotonic() - start < 30
         assert set(replies) == {4, 5, 6}
         assert set(send(grid, 4, 5, 6, 7)) == {4, 5, 6, 7}
 
@@ -138,6 +135,21 @@ def test_content_may_grow_between_rounds() -> None:
             content = RecordDict({"x": ConfigRecord({"v": bytes(n)})})
             messages = [Message(content, FIRST_NODE + i, "train") for i in range(3)]
             assert [r.content["y"]["n"] for r in grid.send_and_receive(messages)] == [n] * 3
+
+
+def test_big_states_and_replies_do_not_lock_the_pipes() -> None:
+    def hoard(message: Message, context: Context) -> Message:
+        context.state["x"] = ConfigRecord({"x": bytes(3_000_000)})
+        return Message(RecordDict({"y": ConfigRecord({"y": bytes(3_000_000)})}), reply_to=message)
+
+    def hoarding() -> ClientApp:
+        app = ClientApp()
+        app.train()(hoard)
+        return app
+
+    with LocalGrid(hoarding, 4, workers=1) as grid:
+        for _ in range(3):
+            assert len(send(grid, 0, 1, 2, 3)) == 4
 
 
 def test_push_and_pull() -> None:

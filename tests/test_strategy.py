@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import zlib
 
 import numpy as np
 import pytest
 
 from fedq import Layout, build, wire
+from fedq.client import Task
 from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, DecodeError, FedqError
@@ -53,8 +56,6 @@ def test_order_of_replies_does_not_matter(aggregator: str) -> None:
     deltas = (rng.normal(size=(9, LAYOUT.size)) * scales).astype(np.float32)
 
     def handle(message: Message, partition: int) -> Message:
-        from fedq.client import Task
-
         task = Task.open(message, LAYOUT)
         return task.reply(deltas[partition], examples=partition + 1, client=partition)
 
@@ -86,6 +87,15 @@ def _hostile(kind: str, message: Message, good: Message) -> Message:
         return raw_reply(message, envelope({**meta, "examples": "9"}, *map(bytes, parts)))
     if kind == "text loss":
         return raw_reply(message, envelope({**meta, "loss": "low"}, *map(bytes, parts)))
+    if kind == "endless loss":
+        return raw_reply(message, envelope({**meta, "loss": 10**400}, *map(bytes, parts)))
+    if kind == "great loss":
+        return raw_reply(message, envelope({**meta, "loss": 1e304}, *map(bytes, parts)))
+    if kind == "infinite loss":
+        sealed = envelope({**meta, "loss": 1234.5}, *map(bytes, parts))
+        content = sealed[7:].replace(b"1234.5", b"1e9999")
+        crc = zlib.crc32(content, zlib.crc32(sealed[:3]))
+        return raw_reply(message, sealed[:3] + crc.to_bytes(4, "little") + content)
     if kind == "one part":
         return raw_reply(message, envelope(meta, bytes(parts[0])))
     if kind == "other layout":
@@ -116,6 +126,9 @@ KINDS = {
     "no examples": "malformed",
     "text examples": "malformed",
     "text loss": "malformed",
+    "endless loss": "malformed",
+    "great loss": "malformed",
+    "infinite loss": "malformed",
     "one part": "malformed",
     "other layout": "malformed",
     "other codec": "malformed",
@@ -140,6 +153,62 @@ def test_a_bad_client_loses_its_own_update_only(kind: str) -> None:
     assert report.rejected == {KINDS[kind]: 1}
     assert report.replies == 3
     assert report.reasons[0].startswith(KINDS[kind])
+
+
+def test_a_client_cannot_choose_a_wider_code() -> None:
+    asked, sent = (build("codec", "uniform", bits=bits) for bits in (4, 16))
+
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT)
+        if partition == 0:
+            task = dataclasses.replace(task, codec=sent)
+        return task.reply(np.ones(LAYOUT.size, np.float32), examples=1, client=partition)
+
+    fedq = strategy(codec=asked)
+    _, report = fedq.run_round(InlineGrid(handle, 3), fedq.initial(ZERO))
+    assert report.rejected == {"malformed": 1}
+    assert "where" in report.reasons[0]
+
+
+def test_what_a_peer_says_is_fit_for_a_terminal() -> None:
+    def handle(message: Message, partition: int) -> Message:
+        return Message(Error(2, "first\nsecond\x1b[31m\ttab" + "x" * 999), reply_to=message)
+
+    fedq = strategy()
+    _, report = fedq.run_round(InlineGrid(handle, 1), fedq.initial(ZERO))
+    assert report.reasons[0].isprintable()
+    assert report.reasons[0].startswith("error: first second")
+    assert len(report.reasons[0]) <= 200
+
+
+def test_a_robust_rule_covers_the_state() -> None:
+    state_layout = Layout.flat(2)
+
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT, state_layout)
+        value = 16000.0 if partition == 4 else 1.0 + partition
+        state = np.full(2, value, np.float32)
+        return task.reply(ZERO, examples=1, client=partition, state=state)
+
+    fedq = strategy(aggregator=build("aggregator", "median"), state_layout=state_layout)
+    after, _ = fedq.run_round(InlineGrid(handle, 9), fedq.initial(ZERO))
+    assert 1 <= after.state[0] <= 9
+
+
+def test_bytes_of_lost_replies_are_counted() -> None:
+    honest = constant_client(LAYOUT)
+    sent = []
+
+    def handle(message: Message, partition: int) -> Message:
+        reply = _hostile("stale", message, honest(message, partition))
+        sent.append(len(unpack(reply.content)))
+        return reply if partition else honest(message, partition)
+
+    fedq = strategy(quorum=0.1)
+    _, report = fedq.run_round(InlineGrid(handle, 3), fedq.initial(ZERO))
+    assert (report.received, report.replies) == (3, 1)
+    assert report.uplink_bytes > sum(sent[1:])
+    assert report.float32_uplink_bytes < report.uplink_bytes
 
 
 def test_a_second_answer_and_a_stranger_do_not_count() -> None:
@@ -227,8 +296,6 @@ def test_clients_see_the_downlink_and_the_server_keeps_its_master() -> None:
     seen: list[np.ndarray] = []
 
     def handle(message: Message, partition: int) -> Message:
-        from fedq.client import Task
-
         task = Task.open(message, LAYOUT)
         seen.append(task.weights)
         return task.reply(ZERO, examples=1, client=partition)
@@ -286,8 +353,6 @@ def test_requests_are_json_and_name_the_codec() -> None:
 
 
 def test_a_request_for_another_model_is_refused() -> None:
-    from fedq.client import Task
-
     grid = InlineGrid(constant_client(LAYOUT), 1)
     fedq = strategy()
     fedq.run_round(grid, fedq.initial(ZERO))
