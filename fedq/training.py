@@ -162,7 +162,8 @@ class Trainer:
         _check(x, y)
         start = self.weights()
         step = _Sgd(config, self._weights, self._gradient)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         for parameter, view in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = view
         loss, steps = math.nan, 0
