@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pkgutil import iter_modules
 
 import pytest
 
-HEAVY = ("torch", "flwr", "hydra", "ray", "matplotlib", "sklearn", "mlxtend")
-RULES = {
-    "fedq": HEAVY,
-    "fedq.registry": (*HEAVY, "numba"),
-    "fedq.wire": (*HEAVY, "numba"),
-    "fedq.codecs": HEAVY,
-    "fedq.feedback": HEAVY,
-    "fedq.aggregators": HEAVY,
-    "fedq.optimizers": HEAVY,
-    "fedq.experiment": HEAVY,
-    "fedq.results": HEAVY,
-    "fedq.report": HEAVY,
-    "fedq.state": HEAVY,
-    "fedq.data": ("torch", "flwr", "hydra", "ray"),
-    "fedq.config": ("torch", "ray"),
-    "fedq.models": ("flwr", "hydra", "ray"),
-    "fedq.quantization": ("flwr", "hydra", "ray"),
-    "fedq.training": ("flwr", "hydra", "ray"),
-    "fedq.strategy": ("torch", "hydra", "ray"),
-    "fedq.client": ("torch", "hydra", "ray"),
-    "fedq.server": ("hydra", "ray"),
-    "fedq.engines.local": ("torch", "hydra", "ray"),
-    "fedq.cli": HEAVY,
+import fedq
+
+#: What each layer must not import; every module and package of fedq is in exactly one.
+LAYERS: dict[str, tuple[str, str]] = {
+    "core": (
+        "errors registry training_config layout random wire codecs feedback aggregators optimizers "
+        "downlink state experiment jit attacks privacy",
+        "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
+    ),
+    "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
+    "report": ("report doctor cli", "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend"),
+    "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
+    "learning": ("models quantization training", "flwr hydra omegaconf ray rich matplotlib"),
+    "configuration": ("config", "torch flwr ray rich matplotlib"),
+    "protocol": ("records strategy client engines", "torch hydra omegaconf ray matplotlib"),
+    "server": ("server progress", "hydra omegaconf ray matplotlib"),
+    "programs": ("simulation node", "ray matplotlib"),
 }
-#: A package is loaded with all that registers in it.
-LOADED = {"fedq.codecs": "codec", "fedq.aggregators": "aggregator", "fedq.data": "data"}
+
+_IMPORT = """
+import sys
+from importlib import import_module
+from pkgutil import walk_packages
+for name in sys.argv[1:]:
+    module = import_module("fedq." + name)
+    if hasattr(module, "__path__"):
+        for found in walk_packages(module.__path__, module.__name__ + "."):
+            import_module(found.name)
+print(*{name.split(".")[0] for name in sys.modules})
+"""
 
 
-@pytest.mark.parametrize("module", RULES)
-def test_a_layer_brings_only_what_it_may(module: str) -> None:
-    load = f"import fedq.registry as r; r.table({LOADED[module]!r});" if module in LOADED else ""
-    code = f"import sys, {module}; {load} print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    roots = {name.split(".")[0] for name in done.stdout.split()}
-    assert not roots & set(RULES[module])
+def test_every_module_is_in_one_layer() -> None:
+    listed = [name for modules, _ in LAYERS.values() for name in modules.split()]
+    assert sorted(listed) == sorted(module.name for module in iter_modules(fedq.__path__))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_nothing_above_it(layer: str) -> None:
+    modules, forbidden = LAYERS[layer]
+    command = [sys.executable, "-c", _IMPORT, *modules.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    brought = set(done.stdout.split()) & set(forbidden.split())
+    assert not brought
