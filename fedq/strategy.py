@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fedq import records, registry, wire
 from fedq.aggregators.base import Aggregator, Stream
 from fedq.aggregators.mean import Mean
-from fedq.codecs.base import Codec
+from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
 from fedq.errors import ConfigError, DecodeError, FedqError
@@ -394,10 +394,10 @@ class FedQ(Strategy):
             raise DecodeError("claims a loss that is no sane number")
         if len(message.parts) != 2:
             raise DecodeError(f"{len(message.parts)} parts instead of 2")
-        codec = wire.open_frame(message.parts[0], self.layout).codec
-        if codec != self.codec:  # another width could be longer than float32
-            raise DecodeError(f"encoded by {codec} where {self.codec} was asked for")
-        delta = self.codec.decode(message.parts[0], self.layout)
+        frame = wire.open_frame(message.parts[0], self.layout)
+        if frame.codec != self.codec:  # another width could be longer than float32
+            raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
+        delta = decode_frame(frame, self.layout)
         state = Identity().decode(message.parts[1], self.state_layout)
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:

@@ -99,17 +99,18 @@ class Codec(abc.ABC):
         frame = wire.open_frame(payload, layout, reference)
         if type(frame.codec) is not type(self):
             raise DecodeError(f"payload is of codec '{frame.codec.name}', not '{self.name}'")
-        return _decode_frame(frame, layout, reference)
+        return decode_frame(frame, layout, reference)
 
 
 def decode(
     payload: bytes | memoryview, layout: Layout, *, reference: Vector | None = None
 ) -> Vector:
     """Decode a payload of any registered codec, (d,) float32; see :meth:`Codec.decode`."""
-    return _decode_frame(wire.open_frame(payload, layout, reference), layout, reference)
+    return decode_frame(wire.open_frame(payload, layout, reference), layout, reference)
 
 
-def _decode_frame(frame: wire.Frame, layout: Layout, reference: Vector | None) -> Vector:
+def decode_frame(frame: wire.Frame, layout: Layout, reference: Vector | None = None) -> Vector:
+    """Decode an opened frame, (d,) float32; see :meth:`Codec.decode`."""
     codec: Codec = frame.codec
     if len(frame.body) > codec.max_body_bytes(layout):
         raise DecodeError(f"payload is too long for {layout.size} coordinates")
