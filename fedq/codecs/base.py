@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,6 +27,18 @@ class Codec(abc.ABC):
     name: ClassVar[str]
     #: Constructor arguments that the law suite tries.
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    #: Whether the codec works only outermost: inside another, nobody keeps what it asks to keep.
+    outermost: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot stand inside; codecs with an inner codec call this from theirs."""
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            inner = getattr(self, option.name)
+            if isinstance(inner, Codec) and inner.outermost:
+                raise ConfigError(
+                    f"{inner.name} must be outermost, as its sender keeps a residual beside it: "
+                    f"choose another codec.{option.name} for {self.name}"
+                )
 
     @property
     @abc.abstractmethod
@@ -50,14 +63,14 @@ class Codec(abc.ABC):
         return False
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
-        """Encode given the reference; only for predictive codecs."""
-        raise ConfigError(f"codec '{self.name}' cannot use a reference")
+        """Encode given a finite, contiguous (d,) reference; only asked of predictive codecs."""
+        raise NotImplementedError
 
     def _decode_beside(
         self, body: memoryview, reference: Vector, layout: Layout, seed: int
     ) -> Vector:
-        """Decode given the reference; only for predictive codecs."""
-        raise DecodeError(f"codec '{self.name}' cannot use a reference")
+        """Decode given the reference; only asked of predictive codecs."""
+        raise NotImplementedError
 
     def encode(
         self, x: Vector, layout: Layout, seed: int = 0, *, reference: Vector | None = None
@@ -68,22 +81,21 @@ class Codec(abc.ABC):
           x: (d,) finite values; converted to float32.
           layout: Names and shapes of the d coordinates.
           seed: Any integer; what is random in the code depends on it and on nothing else.
-          reference: (d,) float32 that the decoder also holds, close to ``x``. It changes the
-            length of the payload, never what is decoded.
+          reference: (d,) finite float32 that the decoder also holds, close to ``x``. It changes
+            the length of the payload, never what is decoded.
 
         Raises:
-          ConfigError: If ``x`` has another shape than the layout, or holds NaN or infinity, or the
-            codec is not predictive.
+          ConfigError: If ``x`` or ``reference`` has another shape than the layout, or holds NaN or
+            infinity, if ``reference`` is not float32, or the codec is not predictive.
         """
-        x = np.ascontiguousarray(x, dtype=np.float32)
-        if x.shape != (layout.size,):
-            raise ConfigError(f"expected a vector of shape ({layout.size},), not {x.shape}")
-        if not np.isfinite(x).all():
-            raise ConfigError("cannot encode a vector with NaN or infinity")
+        x = _checked(np.asarray(x, dtype=np.float32), layout, "vector")
         seed = int(seed) % 2**SEED_BITS
         if reference is None:
             body = self._encode(x, layout, seed)
         else:
+            if not self.predictive:
+                raise ConfigError(f"codec '{self.name}' cannot use a reference")
+            reference = _checked(reference, layout, "reference")
             body = self._encode_beside(x, reference, layout, seed)
         return wire.seal_frame(self, layout, seed, body, reference)
 
@@ -95,23 +107,40 @@ class Codec(abc.ABC):
         Raises:
           DecodeError: If the payload is malformed, of another codec, for another layout or beside
             another reference.
+          ConfigError: If ``reference`` is not a finite float32 vector of the layout's size.
         """
+        if reference is not None:
+            reference = _checked(reference, layout, "reference")
         frame = wire.open_frame(payload, layout, reference)
         if type(frame.codec) is not type(self):
             raise DecodeError(f"payload is of codec '{frame.codec.name}', not '{self.name}'")
         return decode_frame(frame, layout, reference)
 
 
+def _checked(x: Vector, layout: Layout, what: str) -> Vector:
+    """Return a contiguous, finite (d,) float32 vector, or say why there is none."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape != (layout.size,):
+        got = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ConfigError(f"expected a float32 {what} of shape ({layout.size},), not {got}")
+    if not np.isfinite(x).all():
+        raise ConfigError(f"cannot use a {what} with NaN or infinity")
+    return np.ascontiguousarray(x)
+
+
 def decode(
     payload: bytes | memoryview, layout: Layout, *, reference: Vector | None = None
 ) -> Vector:
     """Decode a payload of any registered codec, (d,) float32; see :meth:`Codec.decode`."""
+    if reference is not None:
+        reference = _checked(reference, layout, "reference")
     return decode_frame(wire.open_frame(payload, layout, reference), layout, reference)
 
 
 def decode_frame(frame: wire.Frame, layout: Layout, reference: Vector | None = None) -> Vector:
     """Decode an opened frame, (d,) float32; see :meth:`Codec.decode`."""
     codec: Codec = frame.codec
+    if reference is not None and not codec.predictive:
+        raise DecodeError(f"codec '{codec.name}' cannot use a reference")
     if len(frame.body) > codec.max_body_bytes(layout):
         raise DecodeError(f"payload is too long for {layout.size} coordinates")
     with np.errstate(all="ignore"):  # hostile scales overflow; finiteness is checked below

@@ -43,12 +43,13 @@ class ErrorFeedback(Codec):
         {"inner": {"name": "uniform", "bits": 2, "rounding": "stochastic"}},
     )
 
+    outermost: ClassVar[bool] = True
+
     inner: Codec
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner, ErrorFeedback):
-            raise ConfigError("error feedback inside error feedback; name another codec.inner")
+        super().__post_init__()
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"codec.decay must be in [0, 1], not {self.decay}")
 

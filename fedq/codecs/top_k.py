@@ -50,6 +50,7 @@ class TopK(Codec):
     inner: Codec = Fp16()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"codec.fraction must be in (0, 1], not {self.fraction}")
 

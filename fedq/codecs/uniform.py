@@ -131,15 +131,11 @@ class Uniform(Codec):
         return self.rounding == "nearest" and self.entropy == "range"
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
-        if not self.predictive:
-            return super()._encode_beside(x, reference, layout, seed)
         return self._encode(x, layout, seed, reference)
 
     def _decode_beside(
         self, body: memoryview, reference: Vector, layout: Layout, seed: int
     ) -> Vector:
-        if not self.predictive:
-            return super()._decode_beside(body, reference, layout, seed)
         return self._decode(body, layout, seed, reference)
 
     def _encode(

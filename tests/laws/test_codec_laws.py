@@ -19,7 +19,7 @@ from fedq.codecs._bits import pack, unpack
 from fedq.codecs._groups import group_sizes, starts
 from fedq.errors import ConfigError
 from fedq.feedback import compensate
-from fedq.registry import from_config, table, to_config
+from fedq.registry import fields, from_config, table, to_config
 
 CASES = [
     pytest.param(build("codec", name, **example), id=f"{name}-{index}")
@@ -60,10 +60,10 @@ def reframed(codec: Codec, layout: Layout, body: bytes, seed: int = 0) -> bytes:
     return wire.seal_frame(codec, layout, seed, body)
 
 
-def check_hostile(payload: bytes, layout: Layout) -> None:
+def check_hostile(payload: bytes, layout: Layout, reference: np.ndarray | None = None) -> None:
     """A hostile payload is refused, or decodes to a finite vector of the layout's size."""
     try:
-        y = codecs.decode(payload, layout)
+        y = codecs.decode(payload, layout, reference=reference)
     except DecodeError:
         return
     assert y.shape == (layout.size,)
@@ -186,7 +186,139 @@ def test_any_finite_vector_round_trips(codec, data):
     y = codec.decode(codec.encode(x, layout, seed), layout)
     assert y.shape == x.shape
     assert np.isfinite(y).all()
-    assert (y[x.size :] == 0).all()
+
+
+# --- prediction from a reference ----------------------------------------------------------------
+
+PREDICTIVE = [case for case in CASES if case.values[0].predictive]
+predictive_codec = pytest.mark.parametrize("codec", PREDICTIVE)
+
+
+def references(x: np.ndarray) -> dict[str, np.ndarray]:
+    layout = Layout.flat(x.size)
+    return {
+        "close": x + np.float32(0.01) * normal(layout, seed=1),
+        "far": normal(layout, seed=2),
+        "zero": np.zeros_like(x),
+        "huge": np.where(np.arange(x.size) % 3, LARGEST, -LARGEST).astype(np.float32),
+    }
+
+
+def test_some_codec_is_predictive():
+    assert PREDICTIVE
+
+
+@predictive_codec
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"d{layout.size}")
+def test_a_reference_changes_the_length_alone(codec, layout):
+    for x in (normal(layout), np.zeros(layout.size, np.float32), 1e38 * normal(layout)):
+        expected = codec.decode(codec.encode(x, layout, seed=5), layout)
+        for reference in references(x).values():
+            before = reference.copy()
+            reference.flags.writeable = False
+            payload = codec.encode(x, layout, seed=5, reference=reference)
+            assert np.array_equal(codec.decode(payload, layout, reference=reference), expected)
+            assert np.array_equal(codecs.decode(payload, layout, reference=reference), expected)
+            assert np.array_equal(reference, before)
+            header = len(reframed(codec, layout, b"", seed=5))
+            assert len(payload) <= header + codec.max_body_bytes(layout)
+
+
+@predictive_codec
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_reference_will_do(codec, data):
+    layout = Layout(("w", "b"), ((3, 4), (3,)))
+    values = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    x, reference = (data.draw(hnp.arrays(np.float32, 15, elements=values)) for _ in range(2))
+    payload = codec.encode(x, layout, 1, reference=reference)
+    y = codec.decode(payload, layout, reference=reference)
+    assert np.array_equal(y, codec.decode(codec.encode(x, layout, 1), layout))
+
+
+@predictive_codec
+@pytest.mark.parametrize("layout", [MIXED, Layout.flat(3000)], ids=["mixed", "flat"])
+def test_a_close_reference_shortens_the_payload(codec, layout):
+    x = normal(layout)
+    whole = len(codec.encode(x, layout))
+    assert len(codec.encode(x, layout, reference=references(x)["close"])) <= whole + 4
+    exact = codec.decode(codec.encode(x, layout), layout)
+    overhead = len(reframed(codec, layout, b"")) + 8 * layout.size / 9  # scales
+    assert len(codec.encode(x, layout, reference=exact)) <= min(whole, overhead + whole / 4)
+
+
+@predictive_codec
+def test_only_its_own_reference_decodes(codec):
+    x = normal(MIXED)
+    ours = references(x)["close"]
+    other = ours.copy()
+    other[7] = np.nextafter(other[7], np.float32(1))
+    payload, whole = codec.encode(x, MIXED, reference=ours), codec.encode(x, MIXED)
+    for wrong in (None, other, -ours):
+        with pytest.raises(DecodeError, match="differ"):
+            codec.decode(payload, MIXED, reference=wrong)
+        with pytest.raises(DecodeError, match="differ"):
+            codecs.decode(payload, MIXED, reference=wrong)
+    with pytest.raises(DecodeError, match="differ"):
+        codec.decode(whole, MIXED, reference=ours)
+
+
+@pytest.mark.parametrize("codec", [case for case in CASES if case not in PREDICTIVE])
+def test_other_codecs_refuse_a_reference(codec):
+    x = normal(MIXED)
+    with pytest.raises(ConfigError, match="cannot use a reference"):
+        codec.encode(x, MIXED, reference=x)
+    body = bytes(wire.open_frame(codec.encode(x, MIXED), MIXED).body)
+    with pytest.raises(DecodeError, match="cannot use a reference"):
+        codecs.decode(wire.seal_frame(codec, MIXED, 0, body, x), MIXED, reference=x)
+
+
+@predictive_codec
+def test_references_are_checked_as_vectors_are(codec):
+    x = normal(MIXED)
+    payload = codec.encode(x, MIXED, reference=x)
+    for bad, message in [
+        (x[:-1], "shape"),
+        (x[None], "shape"),
+        (x.astype(np.float64), "float32"),
+        (x.tolist(), "float32"),
+        (np.where(x == x[5], np.float32(np.nan), x), "NaN"),
+        (np.where(x == x[5], np.float32(np.inf), x), "NaN or infinity"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            codec.encode(x, MIXED, reference=bad)
+        for decode in (codec.decode, codecs.decode):
+            with pytest.raises(ConfigError, match=message):
+                decode(payload, MIXED, reference=bad)
+    spaced = np.repeat(x, 2)[::2]
+    assert codec.encode(x, MIXED, reference=spaced) == payload
+    assert np.array_equal(
+        codec.decode(payload, MIXED, reference=spaced), codec.decode(payload, MIXED, reference=x)
+    )
+
+
+@predictive_codec
+@pytest.mark.parametrize("kind", ["close", "far", "zero", "huge"])
+def test_hostile_payloads_beside_a_reference(codec, kind):
+    rng = np.random.default_rng(0)
+    for layout in (MIXED, Layout.flat(120)):
+        x = normal(layout)
+        reference = references(x)[kind]
+        payload = codec.encode(x, layout, seed=1, reference=reference)
+        body = bytes(wire.open_frame(payload, layout, reference).body)
+        for cut in range(0, len(body), 3):
+            short = wire.seal_frame(codec, layout, 1, body[:cut], reference)
+            check_hostile(short, layout, reference)
+        for scale in (-1.0, np.nan, LARGEST, 1e-45, 0.0):
+            scaled = np.float32(scale).tobytes() + body[4:]
+            check_hostile(wire.seal_frame(codec, layout, 1, scaled, reference), layout, reference)
+        for _ in range(40):
+
+            def mutate(content):
+                for _ in range(rng.integers(1, 4)):
+                    content[rng.integers(len(content))] = rng.integers(256)
+
+            check_hostile(resealed(payload, mutate), layout, reference)
 
 
 # --- bias -------------------------------------------------------------------------------------
@@ -582,12 +714,27 @@ def test_payload_of_another_codec_is_refused():
         ("top_k", {"fraction": 0.0}),
         ("top_k", {"fraction": 1.5}),
         ("error_feedback", {"inner": "sign", "decay": 2.0}),
-        ("error_feedback", {"inner": {"name": "error_feedback", "inner": "sign"}}),
     ],
 )
 def test_wrong_options_say_what_to_do(name, options):
-    with pytest.raises(ConfigError, match=r"codec\.|inside"):
+    with pytest.raises(ConfigError, match=r"codec\."):
         build("codec", name, **options)
+
+
+NESTING = [
+    (name, key)
+    for name, cls in table("codec").items()
+    for key, option in fields(cls).items()
+    if option.type is Codec
+]
+
+
+@pytest.mark.parametrize(("name", "key"), NESTING)
+def test_error_feedback_is_outermost(name, key):
+    """Inside another codec nobody would keep its residual."""
+    feedback = build("codec", "error_feedback", inner="sign")
+    with pytest.raises(ConfigError, match="error_feedback must be outermost"):
+        build("codec", name, **{key: feedback})
 
 
 def test_crc_alone_does_not_protect():
