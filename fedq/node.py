@@ -28,7 +28,7 @@ from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
 from fedq.report import report
-from fedq.results import RunDirectory, default_run_path, read_config
+from fedq.results import default_run_path, read_config
 from fedq.state import StateStore
 
 # isort: split
@@ -143,13 +143,9 @@ def serve(grid: Grid, context: Context) -> None:
     path = Path(experiment.run_dir or default_run_path()).expanduser().resolve()
     console = Console(force_terminal=False, width=200)
     progress.log_to(console)
-    opened = (
-        RunDirectory.open(path)
-        if resumed
-        else RunDirectory.create(path, experiment.replace(run_dir=str(path)).to_config())
-    )
+    opened = simulation.run_directory(experiment, path, resumed)
     with opened as directory, progress.watch(console)(experiment) as observer:
         dataset = load(experiment.data)
         server.run(StreamGrid(grid), experiment, dataset, directory, observer=observer)
     console.print(report([path]))
-    console.print(f"results  {path}", soft_wrap=True, highlight=False)
+    console.print(f"results in {path}", soft_wrap=True, highlight=False)

@@ -2,10 +2,11 @@
 
 ::
 
-    config.yaml         the choices, plain YAML, written once
+    config.yaml         the choices, plain YAML; rewritten only when a run goes on with others
     rounds.jsonl        one JSON line per round, flushed and synced
     summary.json        the figures of the finished run; absent while it runs
-    model.safetensors   the deployed model; the same tensors give the same bytes
+    model.safetensors   float master weights and the quantizer ranges, of which the deployed int8
+                        model is made; the same tensors give the same bytes
     checkpoint/         round-000012.safetensors: all that a resumed run needs
     .lock               held for the life of the run
 
@@ -26,7 +27,7 @@ import platform
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -104,24 +105,19 @@ class RunDirectory:
                 raise ConfigError(
                     f"{path} already holds a run; continue it with 'fedq simulate resume={path}' "
                     "or choose another run_dir"
-                    if _checkpoints(path)
-                    else f"{path} holds a run that stopped before its first checkpoint; delete it "
-                    "or choose another run_dir"
                 )
-            run.config = _plain(config)
-            text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-            _write(path / CONFIG, text.encode())
+            run._write_config(config)
         except BaseException:
             run.close()
             raise
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, needs_checkpoint: bool = True) -> Self:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open a run to continue it; what an interrupted write left behind is cleared.
 
         Raises:
-          ConfigError: If there is no such run, it is in use, or it has no checkpoint.
+          ConfigError: If there is no such run or it is in use.
           FedqError: If its files are damaged.
         """
         path = Path(path)
@@ -129,8 +125,6 @@ class RunDirectory:
         run = cls(path)
         try:
             run.config = config
-            if needs_checkpoint and not _checkpoints(path):
-                raise ConfigError(f"{path} has no checkpoint yet; run it again without resume=")
             with _explained(path):
                 for stray in [*path.glob(".*.tmp"), *(path / CHECKPOINTS).glob(".*.tmp")]:
                     stray.unlink(missing_ok=True)
@@ -142,6 +136,37 @@ class RunDirectory:
             run.close()
             raise
         return run
+
+    def go_on(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration that a resumed run goes on with; its old summary is removed.
+
+        A kill from here on leaves a run that is plainly unfinished and knows how far to go.
+        """
+        self._write_config(config)
+        with _explained(self.path):
+            (self.path / SUMMARY).unlink(missing_ok=True)
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        self.config = _plain(config)
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        _write(self.path / CONFIG, text.encode())
+
+    def update_config(self, config: Mapping[str, Any]) -> None:
+        """Replace ``config.yaml``: a continued run may have more rounds or another engine.
+
+        Raises:
+          FedqError: If it cannot be written; the file is then the old one.
+        """
+        plain = _plain(config)
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        _write(self.path / CONFIG, text.encode())
+        self.config = plain
+
+    def unfinish(self) -> None:
+        """Remove ``summary.json`` if there is one: the run goes on after its end."""
+        with _explained(self.path / SUMMARY):
+            (self.path / SUMMARY).unlink(missing_ok=True)
+            _sync(self.path)
 
     def close(self) -> None:
         """Release the lock; the files stay."""
@@ -223,12 +248,18 @@ class RunDirectory:
         """Whether there is a checkpoint to continue from."""
         return bool(_checkpoints(self.path))
 
-    def load_checkpoint(self) -> Checkpoint:
-        """Return the newest readable checkpoint, with a warning if a newer one is damaged.
+    def load_checkpoint(
+        self, *, tensors: Collection[str] = (), meta: Collection[str] = ()
+    ) -> Checkpoint:
+        """Return the newest usable checkpoint, with a warning if a newer one is not.
+
+        Args:
+          tensors: Names of tensors that it must hold.
+          meta: Keys that its ``meta`` must have.
 
         Raises:
           ConfigError: If there is none.
-          FedqError: If none is readable.
+          FedqError: If none is readable and has all that is asked for.
         """
         newest_first = _checkpoints(self.path)[::-1]
         if not newest_first:
@@ -236,16 +267,19 @@ class RunDirectory:
         damaged: list[FedqError] = []
         for path in newest_first:
             try:
-                tensors, header = _load(path)
-                if header.get("sha256") != _digest(tensors):
-                    raise FedqError(f"{path} is damaged (its checksum does not match)")
+                found = _load_checkpoint(path)
+                if absent := [*(set(tensors) - set(found.tensors)), *(set(meta) - set(found.meta))]:
+                    raise FedqError(
+                        f"{path} lacks {', '.join(sorted(absent))}: another version of fedq wrote "
+                        "it, or it is damaged"
+                    )
             except FedqError as error:
                 damaged.append(error)
                 continue
             if damaged:
-                message = f"{damaged[0]}; going back to the checkpoint of round {header['round']}"
+                message = f"{damaged[0]}; going back to the checkpoint of round {found.round}"
                 warnings.warn(message, stacklevel=2)
-            return Checkpoint(header["round"], tensors, header["meta"])
+            return found
         raise FedqError(f"{damaged[0]}, and there is no older checkpoint; start the run again")
 
     # --- results -----------------------------------------------------------------------------
@@ -254,6 +288,11 @@ class RunDirectory:
         self, tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, Any]
     ) -> str:
         """Write ``model.safetensors`` and return the SHA-256 of the file, 64 hex digits.
+
+        Args:
+          tensors: Float master weights and what is averaged beside them: the quantizer ranges of
+            which the deployed model is made.
+          metadata: JSON-ready values.
 
         The bytes depend on the tensors and the metadata alone, not on the order of either.
         """
@@ -342,6 +381,9 @@ def read_model(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
     """Return the tensors of ``model.safetensors``, sorted by name, and its metadata.
+
+    They are the float32 master weights and the quantizer ranges (and batch statistics), of which
+    the deployed int8 model is made; not the int8 values themselves.
 
     Raises:
       ConfigError: If the run has not written its model.
@@ -511,6 +553,16 @@ def _load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
             raise
         raise FedqError(f"{path} is damaged ({str(error) or type(error).__name__})") from error
     return {name: tensors[name].copy() for name in sorted(tensors)}, header
+
+
+def _load_checkpoint(path: Path) -> Checkpoint:
+    tensors, header = _load(path)
+    if not isinstance(header, dict) or header.get("sha256") != _digest(tensors):
+        raise FedqError(f"{path} is damaged (its checksum does not match)")
+    server_round, meta = header.get("round"), header.get("meta")
+    if not isinstance(server_round, int) or not isinstance(meta, dict):
+        raise FedqError(f"{path} is damaged (it names no round)")
+    return Checkpoint(server_round, tensors, meta)
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]]) -> str:

@@ -86,6 +86,16 @@ def make_site(
     return SimulatedSite(registry.from_config("data", data), rows, state_directory, models)
 
 
+def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
+    """Return the locked directory of an experiment's run, new or continued."""
+    settings = experiment.replace(run_dir=str(path)).to_config()
+    if not resume:
+        return RunDirectory.create(path, settings)
+    directory = RunDirectory.open(path)
+    directory.go_on(settings)
+    return directory
+
+
 def run_experiment(
     experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
 ) -> Outcome:
@@ -106,12 +116,7 @@ def run_experiment(
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
     )
-    directory = (
-        RunDirectory.open(path, needs_checkpoint=False)
-        if resume
-        else RunDirectory.create(path, experiment.replace(run_dir=str(path)).to_config())
-    )
-    with directory, watch(experiment) as observer:
+    with run_directory(experiment, path, resume) as directory, watch(experiment) as observer:
 
         def serve(grid: Grid) -> dict[str, Any]:
             return server.run(grid, experiment, dataset, directory, observer=observer)

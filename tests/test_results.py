@@ -62,16 +62,22 @@ def test_configuration_round_trip(tmp_path: Path) -> None:
 
 
 def test_create_refuses_a_run(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path, {}) as run:
-        pass
-    with pytest.raises(ConfigError, match="before its first checkpoint; delete it") as error:
-        RunDirectory.create(tmp_path, {})
-    one_line(error)
-    with RunDirectory.open(tmp_path, needs_checkpoint=False) as run:
-        run.save_checkpoint(1, STATE, {})
+    RunDirectory.create(tmp_path, {}).close()
     with pytest.raises(ConfigError, match=r"already holds a run.*resume=") as error:
         RunDirectory.create(tmp_path, {})
     one_line(error)
+
+
+def test_a_run_that_goes_on_is_unfinished_again(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path, {"rounds": 2}) as run:
+        run.write_summary({"rounds": 2})
+    with RunDirectory.open(tmp_path) as run:
+        assert run.summary() == {"rounds": 2}
+        run.go_on({"rounds": 5})
+        assert run.summary() is None
+    with RunDirectory.open(tmp_path) as run:
+        assert run.config == {"rounds": 5}
+        run.go_on({"rounds": 5})  # there may be no summary
 
 
 def test_create_accepts_a_folder_with_other_files(tmp_path: Path) -> None:
@@ -101,9 +107,6 @@ def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
             RunDirectory.open(tmp_path / path)
         one_line(error)
     RunDirectory.create(tmp_path, {}).close()
-    with pytest.raises(ConfigError, match="no checkpoint") as error:
-        RunDirectory.open(tmp_path)
-    one_line(error)
     for junk in ("[1, 2", "- a list", "\x00"):
         (tmp_path / "config.yaml").write_text(junk)
         with pytest.raises(FedqError, match="damaged") as error:
@@ -201,7 +204,7 @@ def test_any_torn_tail_is_dropped(tmp_path_factory: pytest.TempPathFactory, cut:
     left = results.read_rounds(path)
     assert left == whole[: len(left)]
     assert complete <= len(left) <= complete + 1  # only the newline may be missing
-    with RunDirectory.open(path, needs_checkpoint=False) as run:
+    with RunDirectory.open(path) as run:
         run.append_round({"round": 9})
         assert run.rounds() == [*left, {"round": 9}]
 
@@ -400,6 +403,64 @@ def test_kill_while_saving(tmp_path: Path, moment: str) -> None:
         assert [record["round"] for record in run.rounds()] == list(range(1, last.round + 1))
         run.save_checkpoint(3, {}, {})
         assert os.listdir(tmp_path / "checkpoint") == ["round-000003.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "header", [{}, {"round": 1}, {"round": "1", "meta": {}}, {"round": 1, "meta": None}]
+)
+def test_a_checkpoint_without_its_header_is_damaged(tmp_path: Path, header: dict) -> None:
+    with RunDirectory.create(tmp_path, {}) as run:
+        run.save_checkpoint(1, STATE, {})
+        (path,) = (tmp_path / "checkpoint").iterdir()
+        results._save(path, STATE, {**header, "sha256": results._digest(STATE)})
+        with pytest.raises(FedqError, match="damaged") as error:
+            run.load_checkpoint()
+        one_line(error)
+
+
+def test_a_checkpoint_has_what_is_asked_for(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path, {}) as run:
+        run.save_checkpoint(3, {"weights": np.ones(2)}, {"layout": "ab"})
+        assert run.load_checkpoint(tensors=["weights"], meta=["layout"]).round == 3
+        for asked in ({"tensors": ["weights", "state"]}, {"meta": ["layout", "state"]}):
+            with pytest.raises(FedqError, match="lacks state: another version") as error:
+                run.load_checkpoint(**asked)
+            one_line(error)
+
+
+# --- going on after the end ------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_has_no_summary_and_its_new_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunDirectory.create(tmp_path, {"rounds": 2, "seed": 1}) as run:
+        run.append_round({"round": 1})
+        run.save_checkpoint(1, STATE, {})
+        run.write_summary({"rounds": 2})
+    with RunDirectory.open(tmp_path) as run:
+        run.update_config({"rounds": 5, "seed": 1, "run_dir": tmp_path})
+        run.unfinish()
+        expected = {"rounds": 5, "seed": 1, "run_dir": str(tmp_path)}
+        assert run.config == results.read_config(tmp_path) == expected
+        assert run.summary() is None
+        run.unfinish()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(FedqError, match="No space left"):
+                run.update_config({"rounds": 9})
+        assert run.config == results.read_config(tmp_path) == expected
+        assert run.load_checkpoint().round == 1
+        assert run.rounds() == [{"round": 1}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        "checkpoint",
+        "config.yaml",
+        "rounds.jsonl",
+    ]
 
 
 # --- results -------------------------------------------------------------------------------------
