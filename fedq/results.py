@@ -141,32 +141,20 @@ class RunDirectory:
         """Write the configuration that a resumed run goes on with; its old summary is removed.
 
         A kill from here on leaves a run that is plainly unfinished and knows how far to go.
-        """
-        self._write_config(config)
-        with _explained(self.path):
-            (self.path / SUMMARY).unlink(missing_ok=True)
-
-    def _write_config(self, config: Mapping[str, Any]) -> None:
-        self.config = _plain(config)
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        _write(self.path / CONFIG, text.encode())
-
-    def update_config(self, config: Mapping[str, Any]) -> None:
-        """Replace ``config.yaml``: a continued run may have more rounds or another engine.
 
         Raises:
-          FedqError: If it cannot be written; the file is then the old one.
+          FedqError: If it cannot be written; the run is then as it was.
         """
+        self._write_config(config)
+        with _explained(self.path / SUMMARY):
+            (self.path / SUMMARY).unlink(missing_ok=True)
+            _sync(self.path)
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
         plain = _plain(config)
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         _write(self.path / CONFIG, text.encode())
         self.config = plain
-
-    def unfinish(self) -> None:
-        """Remove ``summary.json`` if there is one: the run goes on after its end."""
-        with _explained(self.path / SUMMARY):
-            (self.path / SUMMARY).unlink(missing_ok=True)
-            _sync(self.path)
 
     def close(self) -> None:
         """Release the lock; the files stay."""

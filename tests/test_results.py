@@ -68,15 +68,29 @@ def test_create_refuses_a_run(tmp_path: Path) -> None:
     one_line(error)
 
 
-def test_a_run_that_goes_on_is_unfinished_again(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_unfinished_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with RunDirectory.create(tmp_path, {"rounds": 2}) as run:
+        run.append_round({"round": 1})
+        run.save_checkpoint(1, STATE, {})
         run.write_summary({"rounds": 2})
     with RunDirectory.open(tmp_path) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(FedqError, match="No space left"):
+                run.go_on({"rounds": 9})
+        assert run.config == results.read_config(tmp_path) == {"rounds": 2}
         assert run.summary() == {"rounds": 2}
-        run.go_on({"rounds": 5})
+        run.go_on({"rounds": 5, "run_dir": tmp_path})
         assert run.summary() is None
     with RunDirectory.open(tmp_path) as run:
-        assert run.config == {"rounds": 5}
+        assert run.config == {"rounds": 5, "run_dir": str(tmp_path)}
+        assert run.load_checkpoint().round == 1
+        assert run.rounds() == [{"round": 1}]
         run.go_on({"rounds": 5})  # there may be no summary
 
 
@@ -426,41 +440,6 @@ def test_a_checkpoint_has_what_is_asked_for(tmp_path: Path) -> None:
             with pytest.raises(FedqError, match="lacks state: another version") as error:
                 run.load_checkpoint(**asked)
             one_line(error)
-
-
-# --- going on after the end ------------------------------------------------------------------
-
-
-def test_a_run_that_goes_on_has_no_summary_and_its_new_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with RunDirectory.create(tmp_path, {"rounds": 2, "seed": 1}) as run:
-        run.append_round({"round": 1})
-        run.save_checkpoint(1, STATE, {})
-        run.write_summary({"rounds": 2})
-    with RunDirectory.open(tmp_path) as run:
-        run.update_config({"rounds": 5, "seed": 1, "run_dir": tmp_path})
-        run.unfinish()
-        expected = {"rounds": 5, "seed": 1, "run_dir": str(tmp_path)}
-        assert run.config == results.read_config(tmp_path) == expected
-        assert run.summary() is None
-        run.unfinish()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", fail)
-            with pytest.raises(FedqError, match="No space left"):
-                run.update_config({"rounds": 9})
-        assert run.config == results.read_config(tmp_path) == expected
-        assert run.load_checkpoint().round == 1
-        assert run.rounds() == [{"round": 1}]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".lock",
-        "checkpoint",
-        "config.yaml",
-        "rounds.jsonl",
-    ]
 
 
 # --- results -------------------------------------------------------------------------------------
