@@ -147,18 +147,41 @@ def to_config(obj: Any) -> dict[str, Any]:
     }
 
 
-def describe(obj: Any) -> str:
+def describe(choice: Any, group: str | None = None) -> str:
     """Return an object in one line: its name and the options that differ from their defaults.
 
-    >>> describe(build("codec", "uniform", bits=4))
-    'uniform (bits=4)'
+    Args:
+      choice: A registered object, or its configuration (see :func:`to_config`); all options of a
+        configuration are named whose defaults are unknown.
+      group: Of the configuration.
+
+    Example:
+      >>> describe(build("codec", "uniform", bits=4))
+      'uniform(bits=4)'
+      >>> describe({"name": "top_k", "fraction": 0.1, "inner": {"name": "fp16"}}, "codec")
+      'top_k(fraction=0.1)'
+      >>> describe({"name": "of_a_plugin", "symmetric": False})
+      'of_a_plugin(symmetric=false)'
     """
+    if is_registered(choice):
+        choice, group = to_config(choice), choice.group
+    if isinstance(choice, bool):
+        return str(choice).lower()
+    if not isinstance(choice, Mapping):
+        return "" if choice is None else str(choice)
+    name = str(choice.get("name", ""))
+    known: dict[str, Field] = {}
+    if group is not None and name in table(group):
+        known = fields(lookup(group, name))
     options = []
-    for key, field in fields(type(obj)).items():
-        value = getattr(obj, key)
-        if field.required or value != field.default:
-            options.append(f"{key}={describe(value) if is_registered(value) else value}")
-    return f"{obj.name} ({', '.join(options)})" if options else str(obj.name)
+    for key, value in choice.items():
+        if key == "name" or value is None:
+            continue
+        field = known.get(key)
+        text = describe(value, getattr(field.type, "group", None) if field else None)
+        if field is None or field.required or text != describe(_plain(field.default)):
+            options.append(f"{key}={text}")
+    return f"{name}({', '.join(options)})" if options else name
 
 
 def is_registered(obj: object) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from fedq import available, build, registry
 from fedq.errors import ConfigError
-from fedq.registry import GROUPS, from_config, lookup, table, to_config
+from fedq.registry import GROUPS, describe, from_config, lookup, table, to_config
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -90,3 +90,30 @@ def test_a_name_is_taken_once():
 
     with pytest.raises(ConfigError, match="unknown group"):
         registry.register("nothing", "x")(type("X", (), {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("uniform", {}, "uniform"),
+        ("uniform", {"bits": 6, "symmetric": False}, "uniform(bits=6, symmetric=false)"),
+        ("top_k", {"inner": "fp16"}, "top_k"),
+        (
+            "error_feedback",
+            {"inner": {"name": "uniform", "bits": 6}, "decay": 0.5},
+            "error_feedback(inner=uniform(bits=6), decay=0.5)",
+        ),
+    ],
+)
+def test_an_object_and_its_configuration_have_one_description(name, options, text):
+    codec = build("codec", name, **options)
+    assert describe(codec) == describe(to_config(codec), "codec") == text
+    assert describe({"name": name, **options}, "codec") == text
+
+
+def test_unknown_configurations_are_described_in_full():
+    config = {"name": "of_a_plugin", "x": 1, "y": None, "inner": {"name": "raw"}}
+    for group in ("codec", None):
+        assert describe(config, group) == "of_a_plugin(x=1, inner=raw)"
+    assert describe("iid", "partition") == "iid"
+    assert describe(None) == ""

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from fedq.errors import ConfigError, FedqError
-from fedq.registry import build, to_config
+from fedq.registry import build, describe, to_config
 from fedq.report import (
     comparison_table,
     equal_accuracy,
@@ -28,7 +28,6 @@ from fedq.report import (
     to_csv,
     to_markdown,
 )
-from fedq.report.runs import describe
 from fedq.results import RunDirectory
 
 PARAMETERS, COHORT = 35_000, 10
@@ -354,9 +353,7 @@ def test_reading_and_tables_do_not_import_matplotlib() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
-def test_codec_text_leaves_defaults_out() -> None:
-    config = to_config(build("codec", "uniform", bits=6))
-    assert describe(config, "codec") == "uniform(bits=6)"
-    nested = {"name": "error_feedback", "inner": config}
-    assert describe(nested, "codec") == "error_feedback(inner=uniform(bits=6))"
-    assert describe({"name": "of_a_plugin", "x": 1}, "codec") == "of_a_plugin(x=1)"
+def test_codec_text_is_the_summary_s(tmp_path: Path) -> None:
+    codec = build("codec", "error_feedback", inner={"name": "uniform", "bits": 6})
+    write_run(tmp_path / "run", codec=to_config(codec))
+    assert load_run(tmp_path / "run").codec == describe(codec)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedq import registry
 from fedq.errors import ConfigError, FedqError
-from fedq.report.runs import Run, describe, equal_accuracy, labels, reference_for
+from fedq.report.runs import Run, equal_accuracy, labels, reference_for
 from fedq.report.tables import percent, size
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def subtitle(runs: Sequence[Run]) -> str:
     compressed = [run for run in runs if not run.is_float] or list(runs)
 
     def common(key: str) -> str:
-        found = {describe(_name(run.config.get(key))) for run in compressed}
+        found = {registry.describe(_name(run.config.get(key))) for run in compressed}
         return found.pop() if len(found) == 1 else ""
 
     run = compressed[0]

@@ -48,7 +48,7 @@ class Run:
     def codec(self) -> str:
         """The uplink codec and the options that differ from its defaults, in one line."""
         choice = self.config.get("codec")
-        return describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
+        return registry.describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
 
     @property
     def is_float(self) -> bool:
@@ -231,29 +231,6 @@ def labels(runs: Sequence[Run]) -> list[str]:
     paths = [run.path.resolve() for run in runs]
     root = Path(os.path.commonpath([path.parent for path in paths]))
     return [path.relative_to(root).as_posix() for path in paths]
-
-
-def describe(choice: object, group: str | None = None) -> str:
-    """Return a registered object's configuration in one line, without defaults if they are known.
-
-    >>> describe({"name": "other", "bits": 4, "symmetric": False, "inner": {"name": "raw"}})
-    'other(bits=4, symmetric=false, inner=raw)'
-    """
-    if isinstance(choice, bool):
-        return str(choice).lower()
-    if not isinstance(choice, Mapping):
-        return "" if choice is None else str(choice)
-    name = str(choice.get("name", ""))
-    known: dict[str, registry.Field] = {}
-    if group is not None and name in registry.available(group):
-        known = registry.fields(registry.lookup(group, name))
-    options = []
-    for key, value in choice.items():
-        field = known.get(key)
-        if key != "name" and value is not None and not (field and value == field.default):
-            inner = getattr(field.type, "group", None) if field else None
-            options.append(f"{key}={describe(value, inner)}")
-    return f"{name}({', '.join(options)})" if options else name
 
 
 def _number(value: object) -> float | None:
