@@ -1,7 +1,14 @@
-"""What a device keeps between rounds, on disk: atomic, keyed by client and round."""
+"""What a device keeps between rounds, on disk: atomic, keyed by client and round.
+
+::
+
+    residual/<client>/000012.f32    what error feedback owes after round 12, (d,) little-endian
+    model/000012.f32                the global model received in round 12
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +17,8 @@ import numpy as np
 
 from fedq.errors import FedqError
 from fedq.layout import Layout, Vector
+
+LOG = logging.getLogger("fedq")
 
 #: Files kept of a kind: the newest may belong to a round that the server never finished.
 KEPT = 2
@@ -33,57 +42,72 @@ class StateStore:
     models: int = KEPT
 
     def residual(self, client: int, before_round: int, layout: Layout) -> Vector:
-        """Return a client's residual from its last round before this one, or zeros."""
-        for server_round, path in self._files(f"residual-{client}"):
-            if server_round < before_round:
-                values = _read(path, layout)
-                return np.zeros(layout.size, np.float32) if values is None else values
+        """Return a client's residual from its last round before this one, or zeros.
+
+        A file that is damaged, or of another layout, is passed over with a warning.
+        """
+        for server_round, path in _by_round(self._residuals(client)):
+            if server_round < before_round and (values := _read(path, layout)) is not None:
+                return values
         return np.zeros(layout.size, np.float32)
 
     def keep_residual(self, client: int, server_round: int, residual: Vector) -> None:
         """Write a client's residual of a round and drop older ones."""
-        self._keep(f"residual-{client}", server_round, residual, KEPT)
+        self._keep(self._residuals(client), server_round, residual, KEPT)
 
     def model(self, server_round: int, layout: Layout) -> Vector | None:
-        """Return the global model received in a round, None if it is not here any more."""
-        return _read(self._path("model", server_round), layout)
+        """Return the global model received in a round, None if it is not here (any more)."""
+        return _read(_path(self._models, server_round), layout)
 
     def keep_model(self, server_round: int, weights: Vector) -> None:
         """Write a received global model and drop older ones."""
-        if not self._path("model", server_round).exists():
-            self._keep("model", server_round, weights, self.models)
+        if not _path(self._models, server_round).exists():
+            self._keep(self._models, server_round, weights, self.models)
 
-    def _path(self, kind: str, server_round: int) -> Path:
-        return self.directory / f"{kind}-{server_round:06d}.f32"
+    def _residuals(self, client: int) -> Path:
+        # A folder per client: to list one for thousands of them would cost more than the training.
+        return self.directory / "residual" / str(client)
 
-    def _keep(self, kind: str, server_round: int, values: Vector, kept: int) -> None:
-        path = self._path(kind, server_round)
+    @property
+    def _models(self) -> Path:
+        return self.directory / "model"
+
+    def _keep(self, folder: Path, server_round: int, values: Vector, kept: int) -> None:
+        path = _path(folder, server_round)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 values.astype("<f4", copy=False).tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            for _, old in self._files(kind)[kept:]:
+            for _, old in _by_round(folder)[kept:]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise FedqError(f"cannot keep client state in {self.directory}: {error}") from error
 
-    def _files(self, kind: str) -> list[tuple[int, Path]]:
-        found = self.directory.glob(f"{kind}-*.f32")
-        return sorted(((int(p.stem.rsplit("-", 1)[1]), p) for p in found), reverse=True)
+
+def _path(folder: Path, server_round: int) -> Path:
+    return folder / f"{server_round:06d}.f32"
+
+
+def _by_round(folder: Path) -> list[tuple[int, Path]]:
+    """Return a folder's files and their rounds, the newest first."""
+    found = (path for path in folder.glob("*.f32") if path.stem.isdecimal())
+    return sorted(((int(path.stem), path) for path in found), reverse=True)
 
 
 def _read(path: Path, layout: Layout) -> Vector | None:
-    """Return a file's (d,) float32; None if it is absent or not such a vector."""
+    """Return a file's (d,) finite float32; None if it is absent, with a warning if damaged."""
     try:
         values = np.fromfile(path, "<f4")
+        whole = path.stat().st_size == 4 * layout.size
     except FileNotFoundError:
         return None
     except OSError as error:
         raise FedqError(f"cannot read the client state {path}: {error}") from error
-    if values.shape != (layout.size,) or not np.isfinite(values).all():
+    if not whole or not np.isfinite(values).all():
+        LOG.warning("%s is not a state of this model, or damaged; it is not used", path)
         return None
     return values.astype(np.float32, copy=False)
