@@ -21,10 +21,13 @@ from torch.nn import functional
 from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
-from fedq.models.base import create
+from fedq.models.base import Model, create
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.random import derive, generator
 from fedq.training_config import TrainingConfig
+
+#: Parameters and buffers of the largest network that a configuration may ask for: 1 GiB in float32.
+MAX_PARAMETERS = 2**28
 
 
 class Diverged(FedqError):  # noqa: N818 - reads as what happened
@@ -116,6 +119,9 @@ class Trainer:
         self._weights_array: Vector = self._weights.numpy()
         self._state_array: Vector = self._state.numpy()
         self._fresh_state = self.state()
+        # Batch normalisation cannot train on one example alone.
+        normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        self._smallest_batch = 2 if normalised else 1
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
         """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
@@ -149,6 +155,9 @@ class Trainer:
     ) -> Trained:
         """Train from the loaded weights and state, which move to the trained ones.
 
+        A network with batch normalisation skips a last batch of one example, which has no
+        statistics: each epoch leaves out another example, as the order is drawn anew.
+
         Args:
           x: (n, ...) examples, channels first.
           y: (n,) labels.
@@ -156,10 +165,18 @@ class Trainer:
           seed: Decides the order of the examples, and the network's own randomness (dropout).
 
         Raises:
-          ConfigError: If there are no examples, or not one label for each.
+          ConfigError: If there are no examples, not one label for each, or one example in a batch
+            for a network with batch normalisation.
           Diverged: If the loss, an update or a range is not finite.
         """
         _check(x, y)
+        least = self._smallest_batch
+        if min(len(x), config.batch_size) < least:
+            which = "batch_size is 1" if config.batch_size < least else "there is 1 example"
+            raise ConfigError(
+                f"{which}, but batch normalisation needs {least} in a batch; leave such clients "
+                "out, raise batch_size or use a model without it"
+            )
         start = self.weights()
         step = _Sgd(config, self._weights, self._gradient)
         if not self.model.training:
@@ -170,6 +187,8 @@ class Trainer:
         with _seeded(derive(seed, "model")):
             for epoch in range(config.local_epochs):
                 order = generator(derive(seed, epoch, "order")).permutation(len(x))
+                if len(x) % config.batch_size < least:
+                    order = order[: len(x) - len(x) % config.batch_size]
                 total = 0.0
                 for inputs, labels in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
@@ -178,7 +197,7 @@ class Trainer:
                     step()
                     total += batch_loss.item() * len(labels)
                     steps += 1
-                loss = total / len(x)
+                loss = total / len(order)
                 if not math.isfinite(loss):
                     raise Diverged(
                         f"training diverged in epoch {epoch + 1} of {config.local_epochs}: the loss"
@@ -237,11 +256,36 @@ def trainer_for(
     drawn from ``seed`` until others are loaded.
 
     Raises:
-      ConfigError: If a name or option is unknown, or the model does not fit the shape.
+      ConfigError: If a name or option is unknown, the model does not fit the shape, or has more
+        than ``MAX_PARAMETERS``; this is seen before memory is spent on it.
     """
     chosen = registry.from_config("model", model)
     quantizer = registry.from_config("quantization", quantization)
-    return Trainer(quantizer.prepare(create(chosen, tuple(input_shape), classes, seed)))
+    shape = registry.convert(input_shape, tuple[int, ...], "input_shape")
+    outputs = registry.convert(classes, int, "classes")
+    _check_size(chosen, shape, outputs)
+    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed)))
+
+
+def _check_size(model: Model, input_shape: tuple[int, ...], classes: int) -> None:
+    """Refuse a network that is too large, from its shapes alone."""
+    many = "too many"
+    try:
+        with torch.device("meta"):
+            network = create(model, input_shape, classes)
+        size = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+        if size <= MAX_PARAMETERS:
+            return
+        many = f"{size:,}"
+    except ConfigError:
+        raise
+    except Exception as error:  # torch has no error of its own for sizes beyond 64 bits
+        if "overflow" not in str(error).lower():
+            return  # a plug-in that computes while it builds: the real network will tell
+    raise ConfigError(
+        f"model={model.name} would have {many} parameters and buffers; at most {MAX_PARAMETERS:,} "
+        "(fedq.training.MAX_PARAMETERS) are built: choose smaller options"
+    )
 
 
 class _Sgd:

@@ -24,7 +24,8 @@ class TrainingConfig:
 
     Args:
       local_epochs: Passes over the client's examples per round.
-      batch_size: Examples per step; the last batch of an epoch may be smaller.
+      batch_size: Examples per step; the last batch of an epoch may be smaller, but a
+        network with batch normalisation skips a last batch of one.
       learning_rate: Step size.
       momentum: Heavy-ball momentum, in [0, 1); 0 is plain SGD.
       weight_decay: L2 penalty's gradient factor.

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fedq
+from fedq import training
 from fedq.errors import ConfigError
 from fedq.layout import Vector
 from fedq.models import create
+from fedq.models.base import Model
 from fedq.quantization import float_twin
 from fedq.random import derive, generator
-from fedq.training import Diverged, Trainer
+from fedq.training import Diverged, Trainer, trainer_for
 from fedq.training_config import TrainingConfig
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -178,6 +180,59 @@ def test_same_arguments_same_update(name: str, quantized: bool) -> None:
 
     fresh = Trainer(_prepared(name) if quantized else _model(name))
     np.testing.assert_array_equal(fresh.train(*data, config, seed=1).delta, first.delta)
+
+
+class FeaturesNormed(nn.Module):
+    """Batch normalisation over examples alone: one example has no statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(72, 3)
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize("n", [8, 9, 10, 17])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_batch_norm_skips_a_last_batch_of_one(n: int, quantize: bool) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = FeaturesNormed()
+    if quantize:
+        network = fedq.build("quantization", "uniform").prepare(network)
+    x, y = _images(n)
+    config = TrainingConfig(local_epochs=2, batch_size=8, learning_rate=0.0)
+    trained = Trainer(network).train(x, y, config, seed=3)
+    assert trained.steps == 2 * (n // 8 + (n % 8 > 1))
+    assert trained.examples == n
+    torch.manual_seed(0)
+    plain = FeaturesNormed()
+    order = generator(derive(3, 1, "order")).permutation(n)
+    if n % 8 == 1:
+        order = order[:-1]
+    total = 0.0
+    for batch in np.split(order, range(8, len(order), 8)):
+        logits = plain(torch.from_numpy(x[batch]))
+        total += functional.cross_entropy(logits, torch.from_numpy(y[batch])).item() * len(batch)
+    if not quantize:
+        assert trained.loss == pytest.approx(total / len(order), rel=1e-6)
+
+
+def test_other_networks_train_on_a_last_batch_of_one() -> None:
+    trained = Trainer(_model()).train(*_images(9), TrainingConfig(batch_size=8), seed=0)
+    assert trained.steps == 2
+    assert Trainer(_model()).train(*_images(1), TrainingConfig(), seed=0).steps == 1
+
+
+def test_batch_norm_needs_two_examples() -> None:
+    trainer = Trainer(_model("batch_normed"))
+    before = trainer.weights()
+    with pytest.raises(ConfigError, match="there is 1 example, but batch normalisation needs 2"):
+        trainer.train(*_images(1), TrainingConfig(), seed=0)
+    with pytest.raises(ConfigError, match="batch_size is 1"):
+        trainer.train(*_images(9), TrainingConfig(batch_size=1), seed=0)
+    np.testing.assert_array_equal(trainer.weights(), before)
 
 
 def test_cumulative_batch_norm_restarts_with_load() -> None:
@@ -428,3 +483,56 @@ def test_a_deployed_copy_scores_as_the_trainer_does(digits: tuple[Data, Data]) -
     x = torch.from_numpy(test[0])
     with float_twin(duplicate), torch.no_grad():
         assert not torch.equal(duplicate(x), device.model(x))
+
+
+# --- what a peer may ask for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "input_shape", "classes"),
+    [
+        ({"name": "mlp", "hidden": [10**9]}, (28, 28), 10),
+        ({"name": "mlp", "hidden": [2**40, 2**40]}, (4,), 10),
+        ({"name": "mlp", "hidden": [10**30]}, (4,), 10),
+        ({"name": "mlp"}, (2**31, 2**31), 10),
+        ({"name": "mlp"}, (4,), 2**40),
+        ({"name": "small_cnn", "width": 2**20}, (1, 28, 28), 10),
+    ],
+)
+def test_networks_that_are_too_large_are_refused_before_memory_is_spent(
+    model: dict[str, Any], input_shape: tuple[int, ...], classes: int
+) -> None:
+    with pytest.raises(ConfigError, match="268,435,456") as error:
+        trainer_for(model, "uniform", input_shape, classes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "classes"),
+    [("28", 10), ((28, "28"), 10), ((28.0,), 10), (28, 10), ((4,), "10"), ((4,), None), ((), 10)],
+)
+def test_shapes_of_other_types_are_refused(input_shape: Any, classes: Any) -> None:
+    with pytest.raises(ConfigError):
+        trainer_for("mlp", "none", input_shape, classes)
+
+
+def test_the_limit_on_size_counts_parameters_and_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MAX_PARAMETERS", 15)
+    spec = ({"name": "mlp", "hidden": []}, "none", (4,))
+    before = torch.get_rng_state()
+    assert trainer_for(*spec, 3).layout.size == 15
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ConfigError, match="would have 20 parameters"):
+        trainer_for(*spec, 4)
+
+
+def test_a_plug_in_that_computes_while_it_builds_is_built() -> None:
+    class Computing(Model):
+        name = "computing"
+
+        def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+            layer = nn.Linear(input_shape[0], classes)
+            layer.weight.data /= layer.weight.abs().max().item()  # not known without memory
+            return layer
+
+    training._check_size(Computing(), (4,), 3)
