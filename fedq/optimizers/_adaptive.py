@@ -54,3 +54,14 @@ class Adaptive(ServerOptimizer):
         v = self._second_moment(state["second_moment"], np.square(update))
         moved = weights + self.learning_rate * m / (np.sqrt(v) + self.tau)
         return moved, {"first_moment": m, "second_moment": v}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetting(Adaptive):
+    """An adaptive optimiser whose second moment forgets at the rate ``1 - beta_2``."""
+
+    beta_2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay(self.beta_2, "beta_2")

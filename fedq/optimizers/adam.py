@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fedq.optimizers._adaptive import Adaptive
-from fedq.optimizers.base import Double, check_decay
+from fedq.optimizers._adaptive import Forgetting
+from fedq.optimizers.base import Double
 from fedq.registry import register
 
 
 @register("server_optimizer", "adam")
-class Adam(Adaptive):
+class Adam(Forgetting):
     """Take Adam steps (FedAdam): ``v <- beta_2 v + (1 - beta_2) u**2``.
 
     With ``m <- beta_1 m + (1 - beta_1) u``, the model moves by
@@ -30,12 +30,6 @@ class Adam(Adaptive):
     Reference:
       Reddi et al. 2021, "Adaptive federated optimization", Algorithm 2.
     """
-
-    beta_2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay(self.beta_2, "beta_2")
 
     def _second_moment(self, v: Double, square: Double) -> Double:
         return self.beta_2 * v + (1 - self.beta_2) * square

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedq.optimizers._adaptive import Adaptive
-from fedq.optimizers.base import Double, check_decay
+from fedq.optimizers._adaptive import Forgetting
+from fedq.optimizers.base import Double
 from fedq.registry import register
 
 
 @register("server_optimizer", "yogi")
-class Yogi(Adaptive):
+class Yogi(Forgetting):
     """Take Yogi steps (FedYogi): ``v <- v - (1 - beta_2) u**2 sign(v - u**2)``.
 
     The second moment moves by the size of the squared update whatever its own, so that it forgets
@@ -32,12 +32,6 @@ class Yogi(Adaptive):
     Reference:
       Reddi et al. 2021, "Adaptive federated optimization", Algorithm 2.
     """
-
-    beta_2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay(self.beta_2, "beta_2")
 
     def _second_moment(self, v: Double, square: Double) -> Double:
         return v - (1 - self.beta_2) * square * np.sign(v - square)
