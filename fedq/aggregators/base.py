@@ -55,8 +55,6 @@ class Aggregator(abc.ABC):
     name: ClassVar[str]
     #: Constructor arguments that the law suite tries.
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    #: Whether the memory of :meth:`stream` is independent of the number of updates.
-    streaming: ClassVar[bool] = False
 
     @abc.abstractmethod
     def breakdown(self, n: int) -> int:
@@ -101,7 +99,7 @@ class Aggregator(abc.ABC):
         return self._aggregate(updates, weights)
 
     def stream(self, d: int, capacity: int) -> Stream:
-        """Return an empty stream of (d,) updates; unless ``streaming``, it holds them all.
+        """Return an empty stream of (d,) updates; this one holds them all, a sum need not.
 
         Args:
           d: Coordinates of each update.

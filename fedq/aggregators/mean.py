@@ -33,8 +33,6 @@ class Mean(Aggregator):
       data", Algorithm 1.
     """
 
-    streaming: ClassVar[bool] = True
-
     def breakdown(self, n: int) -> int:
         """0: one update moves the mean anywhere."""
         return 0
@@ -44,8 +42,8 @@ class Mean(Aggregator):
         _weighted_mean(updates, weights / weights.max(), out)  # no overflow, whatever the unit
         return out
 
-    def stream(self, d: int, capacity: int = 0) -> MeanStream:
-        """Return an empty exact mean of (d,) updates; its capacity is 2**20 whatever is asked."""
+    def stream(self, d: int, capacity: int) -> MeanStream:
+        """Return an empty exact mean of (d,) updates; memory does not grow with the capacity."""
         return MeanStream(d)
 
 
