@@ -277,7 +277,7 @@ class Client:
         trainer.load(task.weights, task.state)
         try:
             trained = trainer.train(x, y, request.training, task.seed(client, "train"))
-        except Diverged as error:
+        except (Diverged, ConfigError) as error:
             return task.drop(str(error))
         return task.reply(
             trained.delta,

@@ -105,10 +105,12 @@ class _Server:
 
     def resumed(self) -> ServerState:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
-        saved = self.directory.load_checkpoint()
+        saved = self.directory.load_checkpoint(
+            tensors=["weights", "state"], meta=["layout", "failures", "held"]
+        )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
-        if saved.meta.get("layout") != fingerprint:
+        if saved.meta["layout"] != fingerprint:
             raise FedqError(
                 f"the checkpoint in {self.directory.path} is of another model than its "
                 "config.yaml; restore config.yaml, or start a new run"
