@@ -3,14 +3,16 @@
 Goals: the cost of a client update is its training; memory does not grow with clients; a client
 that raises, hangs or dies costs its own reply only. Workers are forked once, after the data is
 loaded, so they share it. What the server sends is written once into memory that all workers map; a
-job is (node, offset, length), and a reply comes back through a pipe. Two jobs are queued per
-worker, so that none waits for the server. Replies stream in order of completion: the strategy's sum
+job is (node, offset, length). A reply comes back through memory that its worker shares with the
+server, if it fits; a pipe says so. Two jobs are queued per worker, so that none waits for the
+server. Replies stream in order of completion: the strategy's sum
 does not depend on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import mmap
 import multiprocessing
@@ -47,6 +49,7 @@ FIRST_NODE = 2  # Flower reserves 1 for the SuperLink
 RUN_ID = 1
 CLIENT_APP_RAISED_EXCEPTION = 2  # flwr's ErrorCode for an exception in the ClientApp
 ORPHAN_CHECK_S = 1.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 GRACE_S = 2.0
 
 
@@ -84,6 +87,7 @@ class _Job:
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    replies: mmap.mmap  # a slot for each job that may be queued
     queue: deque[_Job] = field(default_factory=deque)
 
 
@@ -270,14 +274,23 @@ class LocalGrid(Grid):
         here, there = multiprocessing.Pipe()
         others = [worker.pipe for worker in self._workers] + [here]
         assert self._memory is not None
+        replies = mmap.mmap(-1, QUEUED_PER_WORKER * len(self._memory))
         process = multiprocessing.get_context("fork").Process(
             target=_work,
-            args=(there, others, self._memory, self._client, self._node_config, self._nodes),
+            args=(
+                there,
+                others,
+                self._memory,
+                replies,
+                self._client,
+                self._node_config,
+                self._nodes,
+            ),
             daemon=True,
         )
         process.start()
         there.close()
-        return _Worker(process, here)
+        return _Worker(process, here, replies)
 
     def _feed(self, jobs: deque[_Job], depth: int) -> None:
         for length in range(depth):
@@ -298,9 +311,10 @@ class LocalGrid(Grid):
 
     def _receive(self, worker: _Worker) -> tuple[_Job, Message]:
         try:
-            number, content, error, state = worker.pipe.recv()
+            number, offset, length, reply = worker.pipe.recv()
         except (EOFError, OSError):
             return self._bury(worker)
+        content, error, state = pickle.loads(reply or worker.replies[offset : offset + length])
         job = worker.queue.popleft()
         assert job.number == number
         if not worker.queue:
@@ -342,12 +356,14 @@ class LocalGrid(Grid):
         worker.process.kill()  # it may have closed its pipe and live on
         worker.process.join()
         worker.pipe.close()
+        worker.replies.close()
 
 
 def _work(
     pipe: Connection,
     others: list[Connection],
     memory: mmap.mmap,
+    replies: mmap.mmap,
     make_client: Callable[[], ClientApp],
     node_config: dict[str, Any],
     nodes: range,
@@ -358,10 +374,12 @@ def _work(
         other.close()
     for name in ("fedq", "py.warnings"):  # the live display's lock may have been held at the fork
         logging.getLogger(name).handlers.clear()
+    _keep_freed_memory()
     parent = os.getppid()
     requests = select.poll()  # pipe.poll() would make a selector for each job
     requests.register(pipe.fileno(), select.POLLIN)
     app: ClientApp | None = None
+    done = 0
     while True:
         while not requests.poll(1e3 * ORPHAN_CHECK_S):
             if os.getppid() != parent:
@@ -395,4 +413,23 @@ def _work(
         except Exception as error:
             own = isinstance(error, FedqError)
             reason = str(error) if own else f"{type(error).__name__}: {error}"
-        pipe.send((number, content, reason, context.state if len(context.state) else None))
+        state = context.state if len(context.state) else None
+        outcome = pickle.dumps((content, reason, state), protocol=pickle.HIGHEST_PROTOCOL)
+        # The next job but one comes after this reply has been read: two slots in turn are enough.
+        slot = len(replies) // QUEUED_PER_WORKER
+        done += 1
+        at = done % QUEUED_PER_WORKER * slot
+        if fits := len(outcome) <= slot:
+            replies[at : at + len(outcome)] = outcome
+        pipe.send((number, at, len(outcome), b"" if fits else outcome))
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed: to map activations anew in each step costs half a small step.
+
+    By default glibc decides by what the process has freed so far, that is, by chance.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 256 << 20)
