@@ -2,8 +2,8 @@
 
 The network is mnist_cnn (1,199,882 parameters). Clients send real bytes through the local engine,
 of a random delta instead of a trained one, encoded once in each worker. The mean streams: what is
-held does not grow with the clients. Every row is a process of its own; its peak is ``VmHWM``, resident pages at their highest,
-libraries included.
+held does not grow with the clients. Every row is a process of its own; its peak is ``VmHWM``,
+resident pages at their highest, libraries included.
 """
 
 from __future__ import annotations
