@@ -67,6 +67,7 @@ class Contestant:
     process: subprocess.Popen[bytes]
     line: socket.socket
     cohort: int
+    log: Path
     startup_s: float = 0.0
     startup_cpu_s: float = 0.0
     rounds: int = 1
@@ -89,14 +90,9 @@ class Contestant:
                 env={**os.environ, **PROCESS, "PYTHONPATH": str(HERE)},
             )
         there.close()
-        contestant = cls(name, process, here, int(work["cohort"]))
+        contestant = cls(name, process, here, int(work["cohort"]), log)
         contestant._send(work)
-        try:
-            contestant.order(1)
-        except EOFError:
-            process.wait()
-            tail = log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{name} did not start:\n{tail}") from None
+        contestant.order(1)
         contestant.startup_s = time.perf_counter() - begin
         contestant.startup_cpu_s = sum(_common.tree_cpu_seconds(process.pid).values())
         return contestant
@@ -111,7 +107,9 @@ class Contestant:
         while not answer.endswith(b"\n"):
             part = self.line.recv(1 << 16)
             if not part:
-                raise EOFError(self.name)
+                self.process.wait()
+                tail = self.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{self.name} ended:\n{tail}")
             answer += part
         return float(json.loads(answer)["seconds"])
 

@@ -12,6 +12,7 @@ from _protocol import Driver
 from fedq import config, registry, simulation
 from fedq.client import client_app
 from fedq.data.base import load
+from fedq.downlink import models_kept
 from fedq.engines.local import LocalGrid
 from fedq.experiment import Experiment
 from fedq.strategy import FedQ
@@ -67,7 +68,7 @@ def main() -> None:
             (),
             parts,
             Path(folder),
-            experiment.downlink_history,
+            models_kept(experiment.downlink_history),
         )
         workers = driver.work["workers"]
         with LocalGrid(partial(client_app, site), len(parts), workers=workers) as grid:
