@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import sys
 import tempfile
 import textwrap
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILURE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        _complain(" ".join(str(error).split()))
         return FAILURE
     except Exception as error:
         if os.environ.get("FEDQ_DEBUG"):
@@ -150,16 +155,25 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
 
     if not options.multirun:
         return _simulate_one(overrides)
-    cells = config.sweep(overrides)
+    from rich.console import Console
+
+    from fedq.report import report
+    from fedq.results import default_run_path
+
+    base = config.option(overrides, "run_dir") or default_run_path(label="sweep")
+    cells = config.sweep([text for text in overrides if not text.startswith("run_dir=")])
+    for cell in cells:  # a misspelling in the last cell must not wait for the others
+        config.load(cell)
     status = 0
     for number, cell in enumerate(cells, 1):
-        print(f"[{number}/{len(cells)}] {' '.join(cell)}")
+        print(f"[{number}/{len(cells)}] {' '.join(cell)}", flush=True)
         try:
-            if _simulate_one(cell) == INTERRUPTED:
+            if _simulate_one([*cell, f"run_dir={base}/{number}"]) == INTERRUPTED:
                 return INTERRUPTED
         except FedqError as error:
             _complain(str(error))
             status = FAILURE
+    Console().print(report([base]))
     return status
 
 
@@ -186,12 +200,14 @@ def _simulate_one(overrides: list[str]) -> int:
     console = Console()
     progress.log_to(console)
     path = Path(str(experiment.run_dir))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager, a closed terminal
+        signal.signal(number, signal.default_int_handler)
     try:
         simulation.simulate(
             experiment, baseline, resume=resume is not None, watch=progress.watch(console)
         )
     except KeyboardInterrupt:
-        _complain(f"interrupted; continue with: fedq simulate resume={path}")
+        _complain(f"interrupted; continue with: fedq simulate {shlex.quote(f'resume={path}')}")
         return INTERRUPTED
     console.print(report([path]))
     console.print(f"results in {path}", soft_wrap=True, highlight=False)

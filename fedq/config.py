@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -28,6 +29,7 @@ from fedq.errors import ConfigError, unknown
 from fedq.experiment import CHOICES, Experiment, field_types
 
 #: Options that a resumed run may change: they do not alter what was already computed.
+_PLAIN = re.compile(r"[\w./,:+@-]*", re.ASCII)  # commas: several values of a sweep
 RESUMABLE = {"rounds", "engine", "baseline", "round_deadline_s"}
 
 
@@ -77,11 +79,21 @@ def load_plugins(paths: Iterable[str]) -> None:
         _store_registered.cache_clear()
 
 
+def _quoted(text: str) -> str:
+    """Quote a path with spaces and the like, which Hydra's grammar would take apart."""
+    key, equals, value = text.partition("=")
+    path = key in {"run_dir", "resume", "name"} or key.endswith(".path")
+    if not equals or not path or not value or value[0] in "'\"" or _PLAIN.fullmatch(value):
+        return text
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = OverridesParser.create().parse_override(_quoted(text))
         except (OverrideParseException, HydraException):
             raise ConfigError(f"cannot read '{text}'; write option=value") from None
         if override.is_delete() or override.is_add() or override.package is not None:

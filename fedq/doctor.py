@@ -413,5 +413,5 @@ def _optional(package: str, extra: str, user: str) -> Check:
     try:
         return Check(package, "ok", f"{metadata.version(package)}, for {user}")
     except metadata.PackageNotFoundError:
-        detail = f"not installed, only {user} needs it: pip install 'fedq[{extra}]'"
+        detail = f"not installed, only {user} needs it: pip install -e '.[{extra}]'"
         return Check(package, "ok", detail)

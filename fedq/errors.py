@@ -26,6 +26,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" did you mean '{near[0]}'?" if near else ""
+    hint = f"; did you mean '{near[0]}'?" if near else ""
     valid = f"(valid: {', '.join(names)})" if names else "(none is valid here)"
-    return ConfigError(f"unknown {kind} '{name}';{hint} {valid}")
+    return ConfigError(f"unknown {kind} '{name}'{hint} {valid}")

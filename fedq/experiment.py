@@ -100,6 +100,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _ = self.training  # checks its own options
+        _check(self.run_dir != "", "run_dir must be a path or null", "empty")
         _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
         _check(self.seed >= 0, "seed must not be negative", self.seed)
         _check(
@@ -111,12 +112,6 @@ class Experiment:
             "clients_per_round must be a count of at least 1 or a fraction in (0, 1]",
             self.clients_per_round,
         )
-        if isinstance(self.clients_per_round, int) and self.clients is not None:
-            _check(
-                self.clients_per_round <= self.clients,
-                f"clients_per_round must be at most clients={self.clients}",
-                self.clients_per_round,
-            )
         _check(0 < self.quorum <= 1, "quorum must be in (0, 1]", self.quorum)
         _check(
             self.round_deadline_s is None or self.round_deadline_s > 0,

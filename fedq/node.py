@@ -117,20 +117,12 @@ def _site(context: Context) -> Site:
         raise ConfigError(
             'this node has no data; start it with --node-config \'data="npz" data-path="FILE"\''
         )
-    experiment = _sized(experiment_of(context), int(node["num-partitions"]))
+    experiment = experiment_of(context).replace(clients=int(node["num-partitions"]))
     parts = simulation.partition(experiment, load(experiment.data))
     if experiment.run_dir is not None:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
     models = models_kept(experiment.downlink_history)
     return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
-
-
-def _sized(experiment: Experiment, nodes: int) -> Experiment:
-    """Return the experiment for as many clients as the federation has nodes."""
-    cohort = experiment.clients_per_round
-    if isinstance(cohort, int):
-        cohort = min(cohort, nodes)
-    return experiment.replace(clients=nodes, clients_per_round=cohort)
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -139,7 +131,7 @@ def serve(grid: Grid, context: Context) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
     resumed = config.option(_overrides(context), "resume") is not None
     experiment = experiment_of(context)
-    experiment = _sized(experiment, max(len(list(grid.get_node_ids())), 1))
+    experiment = experiment.replace(clients=max(len(list(grid.get_node_ids())), 1))
     path = Path(experiment.run_dir or default_run_path()).expanduser().resolve()
     console = Console(force_terminal=False, width=200)
     progress.log_to(console)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from fedq.experiment import Experiment
@@ -33,6 +34,9 @@ def megabytes(count: int) -> str:
 
 class _TimeLeft(ProgressColumn):
     """Time left by the mean of the rounds so far."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         done = int(task.completed) - int(task.fields.get("first", 0))
@@ -68,8 +72,8 @@ def _warn(record: Mapping[str, Any]) -> None:
     lost = {kind: count for kind, count in record["rejected"].items() if count}
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
-        reasons = "; ".join(record["reasons"])
-        LOG.warning("round %d lost updates: %s (%s)", record["round"], counts, reasons)
+        reasons = f" ({'; '.join(record['reasons'])})" if record["reasons"] else ""
+        LOG.warning("round %d lost updates: %s%s", record["round"], counts, reasons)
     if record.get("skipped"):
         LOG.warning("round %d had no quorum; the model stays as it was", record["round"])
 

@@ -525,6 +525,9 @@ def _save(path: Path, tensors: Mapping[str, NDArray[Any]], header: Mapping[str, 
             found = re.search(r"os error (\d+)", str(error))
             code = int(found[1]) if found else errno.EIO
             raise OSError(code, os.strerror(code)) from error
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
 
     _replace(path, write)
 

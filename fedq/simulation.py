@@ -116,6 +116,10 @@ def run_experiment(
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
     )
+    experiment = experiment.replace(clients=len(parts))
+    cohort = experiment.clients_per_round
+    if isinstance(cohort, int) and cohort > len(filled):
+        LOG.warning("clients_per_round=%d, but there are %d: all take part", cohort, len(filled))
     with run_directory(experiment, path, resume) as directory, watch(experiment) as observer:
 
         def serve(grid: Grid) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def simulate(
             continue
         begun = resume and holds_run(where)
         summary = read_summary(where) if begun else None
-        if summary is not None and summary["rounds"] >= which.rounds:
+        if summary is not None and summary.get("rounds", 0) >= which.rounds:
             outcomes.append(Outcome(where, summary))
         else:
             outcomes.append(run_experiment(which, where, resume=begun, watch=watch))

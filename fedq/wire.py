@@ -106,7 +106,10 @@ def _seal(magic: bytes, *content: bytes | memoryview) -> bytes:
 
 
 def _unseal(magic: bytes, data: bytes | memoryview, what: str) -> Reader:
-    view = memoryview(data)
+    try:
+        view = memoryview(data).cast("B")
+    except TypeError:
+        raise DecodeError(f"a {what} is contiguous bytes, not {type(data).__name__}") from None
     if len(view) < _HEAD.size:
         raise DecodeError(f"{what} is truncated: {len(view)} bytes")
     found, version, crc = _HEAD.unpack(view[: _HEAD.size])

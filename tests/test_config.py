@@ -33,7 +33,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["clients=0"], "clients must be at least 1"),
         (["clients_per_round=0"], "clients_per_round must be"),
         (["clients_per_round=1.5"], "clients_per_round must be"),
-        (["clients_per_round=100", "clients=10"], "at most clients=10"),
+        (["run_dir=''"], "run_dir must be a path"),
         (["learning_rate=-1"], "learning_rate"),
         (["batch_size=0"], "batch_size"),
         (["quorum=2"], "quorum"),

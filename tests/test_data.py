@@ -353,7 +353,7 @@ def test_smartwatch_refuses_what_does_not_fit(watch, monkeypatch) -> None:
         with pytest.raises(ConfigError, match=next(iter(options))):
             build("data", "smartwatch", **options)
     monkeypatch.setattr("fedq.data.smartwatch.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fedq\[data-imu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[data-imu\]'"):
         build("data", "smartwatch").load()
 
 
@@ -628,7 +628,7 @@ def test_huggingface_says_when_the_hub_is_out_of_reach(hub, error: Exception) ->
 
 def test_huggingface_needs_its_extra(monkeypatch) -> None:
     monkeypatch.setattr("fedq.data.huggingface.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fedq\[data-hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[data-hub\]'"):
         hugging().load()
     for options in ({"size": -1}, {"test_fraction": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):

@@ -107,7 +107,7 @@ class Folder(Data):
 
     def _images(self, files: Sequence[Path]) -> tuple[NDArray[Any], Kind]:
         if find_spec("PIL") is None:
-            raise ConfigError("images need Pillow: pip install 'fedq[data-media]'")
+            raise ConfigError("images need Pillow: pip install -e '.[data-media]'")
         from PIL import Image, UnidentifiedImageError
 
         images = []

@@ -88,7 +88,7 @@ class HuggingFace(Data):
 
     def _split(self, split: str) -> Any:
         if find_spec("flwr_datasets") is None:
-            raise ConfigError("data=huggingface needs flwr-datasets: pip install 'fedq[data-hub]'")
+            raise ConfigError("data=huggingface needs flwr-datasets: pip install -e '.[data-hub]'")
         from flwr_datasets import FederatedDataset
 
         try:

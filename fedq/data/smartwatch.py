@@ -50,7 +50,7 @@ class Smartwatch(Data):
     def load(self) -> Dataset:
         """Cut the recordings of the installed package into windows."""
         if find_spec("seglearn") is None:
-            raise ConfigError("data=smartwatch needs seglearn: pip install 'fedq[data-imu]'")
+            raise ConfigError("data=smartwatch needs seglearn: pip install -e '.[data-imu]'")
         from seglearn.datasets import load_watch
 
         watch = load_watch()

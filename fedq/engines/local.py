@@ -370,6 +370,8 @@ def _work(
 ) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     for other in others:  # else a pipe would outlive the server in its workers
         other.close()
     for name in ("fedq", "py.warnings"):  # the live display's lock may have been held at the fork

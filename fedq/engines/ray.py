@@ -38,7 +38,7 @@ class Ray(Engine):
     def run(self, server: Callable[[Grid], T], client: Callable[[], ClientApp], clients: int) -> T:
         """Run ``server`` as a ServerApp of Flower's simulation runtime."""
         if importlib.util.find_spec("ray") is None:
-            raise ConfigError("engine=ray needs Ray: pip install 'fedq[sim-ray]'")
+            raise ConfigError("engine=ray needs Ray: pip install -e '.[sim-ray]'")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault(
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"

@@ -70,5 +70,5 @@ def report(
         message = f"cannot write to {folder}: {error.strerror}; name another folder with --out"
         raise FedqError(message) from error
     lines = [note(runs), *(f"wrote {path}" for path in written)]
-    texts = [Text(line, no_wrap=True, overflow="ignore") for line in lines if line]
+    texts = [Text(line, overflow="fold") for line in lines if line]
     return Group(comparison_table(runs), Text(), *texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,7 +221,52 @@ def test_a_sweep_runs_every_cell_and_reports_failures(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "[4/4]" in done.stdout
-    assert len(list(tmp_path.glob("runs/*/summary.json"))) >= 2
+    assert len(list(tmp_path.glob("runs/*/*/summary.json"))) == 2
+    assert len(list(tmp_path.glob("runs/*/accuracy_vs_bytes.png"))) == 1
+
+
+def test_a_sweep_with_a_misspelling_runs_nothing(tmp_path: Path) -> None:
+    done = fedq("simulate", "-m", *SMALL, "codec=sign,sgin", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'sign'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_moves_and_resumes_from_another_folder(tmp_path: Path) -> None:
+    here, there = tmp_path / "a folder, with=signs", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    digits = load(build("data", "digits"))
+    np.savez(
+        here / "my data.npz",
+        x_train=digits.x_train,
+        y_train=digits.y_train,
+        x_test=digits.x_test,
+        y_test=digits.y_test,
+    )
+    options = ("data=npz", "data.path=my data.npz", "clients=5", "rounds=1", "baseline=false")
+    done = fedq("simulate", *options, "run_dir=ru n", cwd=here)
+    assert "all take part" in done.stdout + done.stderr
+    shutil.move(here / "ru n", there / "moved run")
+    fedq("simulate", "resume=moved run", "rounds=2", cwd=there)
+    assert summary(there / "moved run")["rounds"] == 2
+    assert summary(there / "moved run")["clients"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_service_manager_may_stop_it(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, "rounds=500", "run_dir=run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = tmp_path / "run" / "rounds.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "resume=run" in errors
 
 
 # --- bad input ----------------------------------------------------------------------------------
