@@ -88,7 +88,7 @@ class Codec(abc.ABC):
           ConfigError: If ``x`` or ``reference`` has another shape than the layout, or holds NaN or
             infinity, if ``reference`` is not float32, or the codec is not predictive.
         """
-        x = _checked(np.asarray(x, dtype=np.float32), layout, "vector")
+        x = _checked(_float32(x), layout, "vector")
         seed = int(seed) % 2**SEED_BITS
         if reference is None:
             body = self._encode(x, layout, seed)
@@ -115,6 +115,16 @@ class Codec(abc.ABC):
         if type(frame.codec) is not type(self):
             raise DecodeError(f"payload is of codec '{frame.codec.name}', not '{self.name}'")
         return decode_frame(frame, layout, reference)
+
+
+def _float32(x: Any) -> Vector:
+    try:
+        if np.iscomplexobj(x):
+            raise TypeError
+        with np.errstate(over="ignore"):  # too large for float32: refused as infinite
+            return np.asarray(x, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError("expected a vector of real numbers") from None
 
 
 def _checked(x: Vector, layout: Layout, what: str) -> Vector:
