@@ -3,7 +3,9 @@
 The update is what a client sends: a few epochs of SGD on its own images, from a model that others
 have trained for a while. Sizes are lengths of payloads. NMSE is ``|y - x|^2 / |x|^2``, over seeds;
 ``NMSE of the mean`` is that of the mean of all decoded vectors: an unbiased code brings it down to
-the NMSE divided by the seeds, a biased one does not. Speeds are MB of float32 per second of CPU.
+the NMSE divided by the seeds, a biased one does not. The first two codecs are the main job's,
+uplink and downlink (which sends weights, not updates: only its speed says something here). Speeds
+are MB of float32 per second of CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 import fedq
-from fedq import registry, wire
+from fedq import config, registry, wire
 from fedq.data.base import load
 from fedq.layout import Layout
 from fedq.training import trainer_for
@@ -74,7 +76,10 @@ def client_update(model: str, seed: int) -> tuple[Vector, Layout]:
 
 
 def examples() -> Iterator[Any]:
-    """Yield every example of every registered codec."""
+    """Yield the main job's uplink and downlink, then every example of every registered codec."""
+    job = config.load()
+    yield job.codec
+    yield job.downlink
     for name, cls in registry.table("codec").items():
         for options in cls.examples:
             yield fedq.build("codec", name, **options)
