@@ -35,6 +35,8 @@ from fedq.training import trainer_for
 
 HERE = Path(__file__).parent / "contestants"
 CLIENTS, EXAMPLES = 100, 40
+# After so many rounds of ten clients, every engine that does the work is beyond this accuracy.
+PROOF_ROUNDS, PROOF_ACCURACY = 80, 0.5
 # One thread each, and freed memory is kept: else malloc gives activations back to the kernel after
 # every step or does not, by chance, which is a third of the plain loop's CPU time.
 PROCESS = {
@@ -71,7 +73,9 @@ class Contestant:
     startup_s: float = 0.0
     startup_cpu_s: float = 0.0
     rounds: int = 1
+    done: int = 0
     turns: list[dict[str, float]] = field(default_factory=list)
+    accuracy: float = 0.0
 
     @classmethod
     def start(
@@ -103,6 +107,7 @@ class Contestant:
     def order(self, rounds: int) -> float:
         """Run rounds and return their wall seconds."""
         self._send({"rounds": rounds})
+        self.done += rounds
         answer = bytearray()
         while not answer.endswith(b"\n"):
             part = self.line.recv(1 << 16)
@@ -149,6 +154,8 @@ def main() -> None:
     }
     text = [
         f"{__doc__.strip()}",
+        "`accuracy` is that of the global model after `rounds`, which differ: it only proves that "
+        "an engine does the work, and one that does not ends the benchmark. "
         "All processes have one torch thread and keep freed memory (`MALLOC_TRIM_THRESHOLD_`), "
         "without which the plain loop is a third slower. "
         "`overhead` is CPU ms per update beyond the plain loop. `start-up` is from the start of "
@@ -217,7 +224,8 @@ def _group(
         for name, (interpreter, script, job) in entries.items():
             if options.only and name not in options.only:
                 continue
-            log = folder / f"{len(contestants)}.log"
+            log, weights = (folder / f"{len(contestants)}.{kind}" for kind in ("log", "npy"))
+            job = {**job, "weights_to": str(weights)}
             contestant = Contestant.start(name, interpreter, script, job, log)
             stack.callback(contestant.close)
             contestants.append(contestant)
@@ -226,6 +234,15 @@ def _group(
         for turn in range(options.turns):
             for contestant in _rotated(contestants, turn):
                 contestant.turns.append(contestant.measure(contestant.rounds))
+        for number, contestant in enumerate(contestants):
+            if cohort <= 10 and contestant.done < PROOF_ROUNDS:
+                contestant.order(PROOF_ROUNDS - contestant.done)
+            contestant.accuracy = _accuracy(experiment, folder / f"{number}.npy")
+            if contestant.done >= PROOF_ROUNDS and contestant.accuracy < PROOF_ACCURACY:
+                raise RuntimeError(
+                    f"{contestant.name} does not do the work: accuracy {contestant.accuracy} "
+                    f"after {contestant.done} rounds"
+                )
     return {
         "model": model,
         "clients_per_round": cohort,
@@ -294,6 +311,19 @@ def _check_same_work(experiment: Experiment, work: Mapping[str, Any], folder: Pa
         raise RuntimeError(f"fedq and the plain loop differ by {apart} after moving {moved}")
 
 
+def _accuracy(experiment: Experiment, path: Path) -> float:
+    """Return the test accuracy of the weights that a contestant left."""
+    dataset = load(experiment.data)
+    trainer = trainer_for(
+        _config(experiment.model),
+        _config(experiment.quantization),
+        dataset.input_shape,
+        dataset.classes,
+    )
+    trainer.load(np.load(path))
+    return trainer.evaluate(dataset.test_inputs(), dataset.y_test).accuracy
+
+
 def _summary(contestant: Contestant, floor: Contestant) -> dict[str, Any]:
     cpu = [turn["cpu"] for turn in contestant.turns]
     ratios = [a["cpu"] / b["cpu"] for a, b in zip(contestant.turns, floor.turns, strict=True)]
@@ -307,6 +337,8 @@ def _summary(contestant: Contestant, floor: Contestant) -> dict[str, Any]:
         "ratio_min": min(cpu) / min(turn["cpu"] for turn in floor.turns),
         "ratio_median": statistics.median(ratios),
         "overhead_ms_min": min(cpu) - min(turn["cpu"] for turn in floor.turns),
+        "accuracy": contestant.accuracy,
+        "rounds": contestant.done,
         "startup_s": contestant.startup_s,
         "startup_cpu_s": contestant.startup_cpu_s,
         "updates_per_turn": contestant.rounds * contestant.cohort,
@@ -326,6 +358,8 @@ def _table(group: Mapping[str, Any]) -> str:
         "wall_ms_median": "median wall",
         "startup_s": "start-up, s",
         "startup_cpu_s": "start-up, CPU s",
+        "rounds": "rounds",
+        "accuracy": "accuracy",
     }
     return _common.table(columns, group["contestants"])
 

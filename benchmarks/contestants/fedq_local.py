@@ -79,8 +79,7 @@ def main() -> None:
                     current, report = fedq.run_round(grid, current)
                     if report.rejected:
                         raise RuntimeError(str(report.reasons))
-                if driver.work["weights_to"]:
-                    np.save(driver.work["weights_to"], current.weights)
+                driver.save(lambda: current.weights)
 
             driver.serve(run)
 

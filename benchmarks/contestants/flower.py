@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from functools import cache
+from collections.abc import Iterable
 
 os.environ |= {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -14,65 +14,30 @@ os.environ |= {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-import torch
-from _protocol import Driver, load
-from _training import BATCH_SIZE, LEARNING_RATE, examples, load_flat, network, train
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from _flower_client import client_app
+from _protocol import Driver
+from _training import flat, load_flat, network
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-client_app = ClientApp()
 server_app = ServerApp()
 
 
-@cache
-def prepared(arrays: str, model: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """Network and data, made once in each actor: kinder to Flower than its own template."""
-    torch.set_num_threads(1)
-    return network(model), *examples(load(arrays))
+class Checked(FedAvg):
+    """Stock FedAvg that does not go on without the updates of failed clients."""
 
-
-@client_app.train()
-def fit(message: Message, context: Context) -> Message:
-    """Train as the template of ``flwr new`` does, or with the training code of the plain loop."""
-    config = message.content["config"]
-    client = int(context.node_config["partition-id"])
-    net, xs, ys = prepared(str(config["arrays"]), str(config["model"]))
-    x, y = xs[client], ys[client]
-    if config["template"]:
-        net = network(str(config["model"])).to(memory_format=torch.contiguous_format)
-    net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    if config["template"]:
-        loader = DataLoader(TensorDataset(x.contiguous(), y), batch_size=BATCH_SIZE, shuffle=True)
-        loss = template_train(net, loader)
-    else:
-        loss = train(net, x, y, torch.randperm(len(y)))
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord(net.state_dict()),
-            "metrics": MetricRecord({"train_loss": loss, "num-examples": len(y)}),
-        }
-    )
-    return Message(content=content, reply_to=message)
-
-
-def template_train(net: nn.Module, loader: DataLoader) -> float:
-    """One epoch as in Flower's template, with plain SGD."""
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
-    net.train()
-    running_loss = 0.0
-    for images, labels in loader:
-        optimizer.zero_grad()
-        loss = criterion(net(images), labels)
-        loss.backward()
-        optimizer.step()
-        running_loss += loss.item()
-    return running_loss / len(loader)
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate if all replied."""
+        replies = list(replies)
+        for reply in replies:
+            if reply.has_error():
+                print(reply.error.reason, flush=True)
+                os._exit(1)  # Flower would log an exception of the ServerApp and end well
+        return super().aggregate_train(server_round, replies)
 
 
 def main() -> None:
@@ -89,10 +54,11 @@ def main() -> None:
 
         def run(rounds: int) -> None:
             nonlocal latest
-            strategy = FedAvg(fraction_train=work["cohort"] / clients, fraction_evaluate=0.0)
+            strategy = Checked(fraction_train=work["cohort"] / clients, fraction_evaluate=0.0)
             latest = strategy.start(
                 grid, latest, num_rounds=rounds, train_config=ConfigRecord(dict(config))
             ).arrays
+            driver.save(lambda: flat(latest.to_torch_state_dict()))
 
         driver.serve(run)
 

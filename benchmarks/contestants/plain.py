@@ -35,8 +35,7 @@ def main() -> None:
                 for name, tensor in net.state_dict().items():
                     mean[name].add_(tensor, alpha=n / total)
             weights.update(mean)
-        if work["weights_to"]:
-            np.save(work["weights_to"], flat(weights))
+        driver.save(lambda: flat(weights))
 
     driver.serve(run)
 
