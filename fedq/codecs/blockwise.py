@@ -140,7 +140,7 @@ def table(code: Code) -> NDArray[np.float32]:
     if code == "fp4":
         half = [number / 12 for number in (1 / 16, 2, 3, 4, 6, 8, 12)]
         return np.array(sorted([0.0, *half, *(-level for level in half)]), np.float32)
-    # Middles of 2**i parts of [0.1, 1], times 10**(i - 6): quotients of whole numbers, rounded once.
+    # Middles of 2**i parts of [0.1, 1], times 10**(i - 6), as quotients of whole numbers.
     half = [
         (2 ** (i + 1) + 9 * (2 * j + 1)) / (10 * 2 ** (i + 1) * 10 ** (6 - i))
         for i in range(7)

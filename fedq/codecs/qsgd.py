@@ -54,7 +54,7 @@ class Qsgd(Codec):
 
     Reference:
       Alistarh et al. 2017, "QSGD: communication-efficient SGD via gradient quantization and
-      encoding", sections 3.1 (levels), 3.2 (sparse code) and appendix A.3 (dense code), 4 (buckets).
+      encoding", sections 3.1 (levels), 3.2 (sparse code) and 4 (buckets), appendix (dense code).
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (

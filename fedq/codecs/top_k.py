@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedq import wire
 from fedq.codecs import _integers
@@ -70,13 +71,7 @@ class TopK(Codec):
 
     def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
         kept = self._kept(layout)
-        mask = np.zeros(x.size, np.int32)
-        if x.size:
-            size = np.abs(x)
-            least = np.partition(size, x.size - kept.size)[x.size - kept.size]
-            mask[size > least] = 1
-            ties = np.flatnonzero(size == least)
-            mask[ties[: kept.size - int(mask.sum())]] = 1
+        mask = largest_mask(x, kept.size)
         part = _integers.encode(mask, layout, 1)
         return wire.varint(len(part)) + part + self.inner._encode(x[mask == 1], kept, seed)
 
@@ -92,3 +87,15 @@ class TopK(Codec):
         y = np.zeros(layout.size, np.float32)
         y[mask == 1] = self.inner._decode(rest, kept, seed)
         return y
+
+
+def largest_mask(x: Vector, k: int) -> NDArray[np.int32]:
+    """Return 1 for the k largest magnitudes and 0 for others, (d,); of equal ones the first."""
+    mask = np.zeros(x.size, np.int32)
+    if x.size:
+        size = np.abs(x)
+        least = np.partition(size, x.size - k)[x.size - k]
+        mask[size > least] = 1
+        ties = np.flatnonzero(size == least)
+        mask[ties[: k - int(mask.sum())]] = 1
+    return mask
