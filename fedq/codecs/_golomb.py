@@ -15,7 +15,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 def parameter(kept: int, count: int) -> int:
     """Return the best remainder bits b for ``kept`` of ``count`` positions.
 
-    Sattler et al. 2019, equation 17: ``b = 1 + floor(log2(log(phi - 1) / log(1 - p)))`` with
+    Sattler et al. 2019: ``b = 1 + floor(log2(log(phi - 1) / log(1 - p)))`` with
     ``p = kept / count`` and the golden ratio phi, or 0 if that is negative. That is how often
     ``1 - p`` can be squared before it falls below ``phi - 1``, which no logarithm has to round.
 

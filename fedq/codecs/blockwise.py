@@ -40,7 +40,7 @@ class Blockwise(Codec):
     Args:
       code: See above.
       block: Coordinates per block; bitsandbytes takes 64 for 4 bits and 4096 for 8.
-      double: Quantize the scales too ("double quantization" of QLoRA): about 8 bits per block, not 32.
+      double: Quantize the scales too (QLoRA's double quantization): 8 bits per block, not 32.
       entropy: ``packed`` sends exactly 4 or 8 bits per coordinate.
 
     Example:

@@ -75,7 +75,7 @@ class RandomK(Codec):
         if k == layout.size:
             return np.ones(k, np.bool_)
         bound = np.partition(word, k)[k]
-        mask = word < bound
+        mask: NDArray[np.bool_] = word < bound
         ties = np.flatnonzero(word == bound)
         mask[ties[: k - int(mask.sum())]] = True
         return mask

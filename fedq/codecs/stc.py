@@ -39,7 +39,7 @@ class Stc(Codec):
 
     Reference:
       Sattler et al. 2019, "Robust and communication-efficient federated learning from non-iid
-      data", algorithms 1 (values) and 3 (positions), equation 17 (Golomb parameter).
+      data", algorithms 1 (values) and 3 (positions).
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
