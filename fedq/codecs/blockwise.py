@@ -26,8 +26,8 @@ class Blockwise(Codec):
 
     Tables, ascending within [-1, 1], with an exact zero::
 
-        dynamic8   256 levels: seven decades 10**-6 ... 1, the i-th cut into 2**i equal parts of which
-                   the middles are taken, with either sign; and 0 and 1
+        dynamic8   256 levels: of seven decades up to 10**-6 ... 1, the i-th cut into 2**i equal
+                   parts, the middles of parts, with either sign; and 0 and 1
         nf4        16 quantiles of a normal distribution, so that each is as likely
         fp4        +-(0, 1/16, 2, 3, 4, 6, 8, 12) / 12, as bitsandbytes defines it
 

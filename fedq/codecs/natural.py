@@ -45,7 +45,7 @@ class Natural(Codec):
       >>> sorted({float(a) for a in abs(y[1:50])})
       [0.015625, 0.125, 0.25, 0.5, 1.0]
       >>> round(float(np.mean((y - x) ** 2) / np.mean(x**2)), 2)
-      0.06
+      0.05
 
     Reference:
       Horvath et al. 2022, "Natural compression for distributed deep learning", definition 1,
