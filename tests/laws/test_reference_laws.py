@@ -70,6 +70,13 @@ def test_qsgd_is_sparse_and_cheap_with_one_level():
     assert length(codec, x) <= 4 + 2 * math.sqrt(d) * math.log2(d) / 8
 
 
+def test_qsgd_takes_the_papers_bits_where_levels_are_dense():
+    d = 4096  # corollary of theorem 3.2: 2.8 d + 32 bits for s = sqrt(d), small terms aside
+    codec = build("codec", "qsgd", levels=64, scale="model", coding="elias")
+    for x in (laplace(d), np.random.default_rng(0).standard_normal(d).astype(np.float32)):
+        assert 8 * length(codec, x) <= 2.8 * d + 32
+
+
 def test_qsgd_never_exceeds_its_levels():
     for x in (np.array([3e38, -3e38, 3e38]), np.array([0.1, 1e-45, 0]), np.array([1 / 3, 0, 0])):
         x = x.astype(np.float32)
