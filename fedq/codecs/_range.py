@@ -34,8 +34,12 @@ Integers = NDArray[np.int32]
 
 #: Largest magnitude that can be coded.
 MAX_MAGNITUDE = 1 << 24
-#: Values of the side information: ``bin + SIDE_FLIP`` if the sign is to be mirrored, bin < 16.
+#: Side information of an integer: ``bin + SIDE_FLIP`` if the sign is to be mirrored, bin < 16.
 SIDE_BINS, SIDE_FLIP = 16, 16
+#: ``+ ODD_BELOW`` (``+ ODD_ABOVE``) if a value <= 0 (> 0) takes the other branch of the trellis.
+ODD_BELOW, ODD_ABOVE = 32, 64
+#: The integer is zero and costs nothing: both ends know.
+SKIP = 128
 
 _UNARY = 12  # magnitudes from here on are escaped
 _MAX_PREFIX = 24
@@ -222,10 +226,22 @@ def _escape(rest, c1, c2, cm, strength, coder):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
+def _align(values, side, table, factor, start, inner):  # type: ignore[no-untyped-def]
+    """Move the column factor towards a finished row, mirrored if that row opposes it."""
+    align = -1 if inner < 0 else 1
+    for column in range(factor.size):
+        if side.size and table[0, side[start + column]] & SKIP:
+            continue
+        aligned = min(max(values[start + column], -_CAP), _CAP) * align << 8
+        factor[column] += (aligned - factor[column]) >> _MEMORY
+
+
+@jit
+def _run(values, side, table, trellis, sizes, columns, coder):  # type: ignore[no-untyped-def]
     """Code all tensors; return 0, or 1 for an escape that no encoder writes."""
     decoding = coder[-1]
     n = 0
+    state = 0
     fast, slow = 0, 0  # running magnitudes to the left; all have 8 fractional bits
     for t in range(sizes.size):
         width = columns[t]
@@ -238,8 +254,17 @@ def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
             c2 = _class((fast + slow) >> 1)
             c1 = _class(above[j]) if i >= width else c2
             cm = (c1 + c2 + 1) >> 1
-            bin_ = side[n] & (SIDE_BINS - 1) if side.size else 0
-            f = -1 if side.size and side[n] & SIDE_FLIP else 1
+            known = np.int64(table[state & 1, side[n]]) if side.size else 0
+            if known & SKIP:
+                if decoding:
+                    values[n] = 0
+                n += 1
+                if j == width - 1:
+                    _align(values, side, table, factor, n - width, inner)
+                    inner, norm = 0, 0
+                continue
+            bin_ = known & (SIDE_BINS - 1)
+            f = -1 if known & SIDE_FLIP else 1
             left = values[n - 1] if j > 0 else 0
             left2 = values[n - 2] if j > 1 else 0
             up = values[n - width] if i >= width else 0
@@ -299,6 +324,8 @@ def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
                 if decoding:
                     values[n] = v
 
+            odd = (known >> 6) & 1 if v > 0 else (known >> 5) & 1
+            state = trellis[state, (v + odd) & 1]
             size = min(m, 1 << 12) << 8
             if i >= width:
                 above[j] += (size - above[j]) >> 3
@@ -310,10 +337,7 @@ def _run(values, side, sizes, columns, coder):  # type: ignore[no-untyped-def]
             norm += factor[j] * factor[j]
             n += 1
             if j == width - 1:
-                align = -1 if inner < 0 else 1
-                for column in range(width):
-                    aligned = min(max(values[n - width + column], -_CAP), _CAP) * align << 8
-                    factor[column] += (aligned - factor[column]) >> _MEMORY
+                _align(values, side, table, factor, n - width, inner)
                 inner, norm = 0, 0
     return 0
 
@@ -341,6 +365,8 @@ def _geometry(tensors: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], ND
 
 
 _NO_SIDE = np.zeros(0, np.uint8)
+_IDENTITY = np.arange(256, dtype=np.uint8)[None]
+_STILL = np.zeros((1, 2), np.int64)
 
 
 def encode(
@@ -348,6 +374,8 @@ def encode(
     tensors: Sequence[tuple[int, int]],
     limit: int,
     side: NDArray[np.uint8] | None = None,
+    table: NDArray[np.uint8] | None = None,
+    trellis: NDArray[np.int64] | None = None,
 ) -> bytes | None:
     """Code integers, or return None if that takes more than ``limit`` bytes.
 
@@ -366,7 +394,9 @@ def encode(
     state = np.array([0, _MASK, 0, -1, 0, 1], np.int64)
     buffer = np.zeros(limit + 8, np.uint8)
     side = _NO_SIDE if side is None else side
-    _run(values, side, sizes, columns, (*_model(), state, buffer, False))
+    table = _IDENTITY if table is None else table
+    trellis = _STILL if trellis is None else trellis
+    _run(values, side, table, trellis, sizes, columns, (*_model(), state, buffer, False))
     state[_LOW] = _roundest(int(state[_LOW]), int(state[_RANGE]))
     for _ in range(5):
         _shift(state, buffer)
@@ -380,6 +410,8 @@ def decode(
     body: bytes | memoryview,
     tensors: Sequence[tuple[int, int]],
     side: NDArray[np.uint8] | None = None,
+    table: NDArray[np.uint8] | None = None,
+    trellis: NDArray[np.int64] | None = None,
 ) -> Integers:
     """Decode the integers of :func:`encode`, (n,) int32.
 
@@ -392,7 +424,9 @@ def decode(
     state = np.array([0, _MASK, start, 4, 0, 0], np.int64)
     values = np.zeros(int(sizes.sum()), np.int32)
     side = _NO_SIDE if side is None else side
-    if _run(values, side, sizes, columns, (*_model(), state, buffer, True)):
+    table = _IDENTITY if table is None else table
+    trellis = _STILL if trellis is None else trellis
+    if _run(values, side, table, trellis, sizes, columns, (*_model(), state, buffer, True)):
         raise DecodeError("an escape code is too long")
     low = int(state[_LOW])
     if int(state[_CODE]) != _roundest(low, int(state[_RANGE])) - low:

@@ -1,0 +1,237 @@
+"""Scales of rows and columns: side information that says where a vector is large.
+
+The standard deviation at row r and column c of a tensor is modelled as ``s_r s_c / s``, the product
+of the root mean squares of row and column over that of the tensor, in half octaves of the step.
+From it follow step and sampling of each coordinate (:func:`law`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq.codecs import _range
+from fedq.errors import DecodeError
+from fedq.layout import Layout, Vector
+
+Index = NDArray[np.int32]
+
+#: Half octaves of sigma over step that :func:`law` tells apart: -HALF ... HALF - 1.
+HALF = 64
+#: Of an index: the row or column is zero.
+DEAD = -(1 << 12)
+#: Sampling probabilities are multiples of 1 / WHOLE.
+WHOLE = 512
+_LEAST = 8  # a row or a column of fewer coordinates has no scale of its own
+_FLAT = 1024  # vectors from this size on are folded into rows
+_LIMIT = 1 << 9
+_KNEE = -4  # half octaves of sigma over step from which on all coordinates are sent
+
+
+def geometry(layout: Layout) -> list[tuple[int, int]]:
+    """Return size and columns of each tensor; long vectors are folded into rows."""
+    shapes = []
+    for tensor in layout:
+        width = tensor.size // max(tensor.rows, 1)
+        if tensor.rows == 1 and tensor.size >= _FLAT:
+            width = 1 << tensor.size.bit_length() // 2
+        shapes.append((tensor.size, max(width, 1)))
+    return shapes
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a coordinate's scale decides, by half octave of sigma over step, each (2 HALF,).
+
+    Attributes:
+      keep: Chance of being sent, in 1 / WHOLE; int64.
+      multiplier: Of the step, float64.
+      bits: Expected bits of the coordinate.
+      error: Expected squared error in squares of the step.
+    """
+
+    keep: NDArray[np.int64]
+    multiplier: NDArray[np.float64]
+    bits: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+    def expect(self, rows: Index, columns: Index) -> tuple[float, float]:
+        """Return expected bits and expected error, in squares of the step, of a tensor."""
+        rows, columns = rows[rows != DEAD], columns[columns != DEAD]
+        if not rows.size or not columns.size:
+            return 0.0, 0.0
+        # All pairs of a row and a column, counted by the sum of their indices.
+        counts = np.convolve(
+            np.bincount(rows - rows.min()), np.bincount(columns - columns.min())
+        ).astype(np.float64)
+        first = int(rows.min() + columns.min())
+        at = np.clip(np.arange(counts.size) + first + HALF, 0, 2 * HALF - 1)
+        return float(counts @ self.bits[at]), float(counts @ self.error[at])
+
+
+@cache
+def law(sampling: bool, error: float) -> Law:
+    """Return steps and sampling of least error for given bits.
+
+    A Gaussian of deviation s takes about ``log2(1 + (1.9 s / step)^2) / 2`` bits at this step, and
+    costs ``error step^2``. Equal slopes everywhere then mean ``step^2 (1 + (step / 1.9 s)^2)`` is
+    the same for all coordinates. Below some two thirds of a bit it is better to send only a share
+    p of the coordinates, divided by p, at their best operating point: ``p ~ s``. Without sampling,
+    the step of small coordinates follows ``s^(1/3)``, as bits there fall like ``s / step``.
+
+    Everything that decodes uses +, *, / and sqrt only, which every machine rounds alike.
+    """
+    index = np.arange(-HALF, HALF)
+    sigma = _half_octaves(index)
+    q = 1 / np.square(1.9 * sigma)
+    multiplier = np.sqrt(2 / (1 + np.sqrt(1 + 4 * q)))
+    knee = multiplier[HALF + _KNEE]
+    below = index < _KNEE
+    keep = np.full(2 * HALF, WHOLE)
+    if sampling:
+        share = _half_octaves(index - _KNEE)
+        keep[below] = np.maximum(1, np.rint(WHOLE * share[below]))
+        multiplier[below] = knee
+    else:
+        # Cube roots of half octaves: 2**(k / 6).
+        sixths = np.array([1, 1.122462048309373, 1.259921049894873, 2**0.5,
+                           1.5874010519681994, 1.7817974362806785])  # fmt: skip
+        k = index - _KNEE
+        multiplier[below] = (knee * np.ldexp(sixths[k % 6], k // 6))[below]
+    p = keep / WHOLE
+    ratio = sigma / p / multiplier
+    bits = p * (0.5 * np.log2(1 + np.square(1.9 * ratio)) + 0.12 * np.minimum(1, ratio))
+    lost = error * np.square(multiplier) + np.square(sigma) * (1 / p - 1)
+    return Law(keep, multiplier, bits, lost)
+
+
+def _half_octaves(index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return ``2**(index / 2)``, the same on every machine."""
+    return np.ldexp(np.where(index % 2, 2**0.5, 1.0), index // 2)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Half octaves of sigma over step: rows, and columns relative to their tensor.
+
+    Attributes:
+      rows: One (rows,) int32 per tensor; :data:`DEAD` where a row is zero.
+      columns: One (columns,) int32 per tensor; :data:`DEAD` where a column is zero.
+    """
+
+    rows: list[Index]
+    columns: list[Index]
+
+
+class Profile:
+    """Root mean squares of all rows and columns of a vector, as logarithms."""
+
+    def __init__(self, x: Vector, layout: Layout) -> None:
+        self._rows, self._columns = [], []
+        start = 0
+        for size, width in geometry(layout):
+            part = x[start : start + size].astype(np.float64)
+            start += size
+            count = -(-size // width)
+            padded = np.zeros((count, width))
+            padded.reshape(-1)[:size] = np.square(part)
+            tensor = part @ part / max(size, 1)
+            by_row, by_column = _scaled(size, width)
+            last = size - (count - 1) * width if size else width
+            rows = np.full(count, tensor)
+            if by_row:
+                rows = padded.sum(1) / np.where(np.arange(count) == count - 1, last, width)
+            columns = np.full(width, tensor)
+            if by_column:
+                columns = padded.sum(0) / np.where(np.arange(width) < last, count, count - 1)
+            with np.errstate(divide="ignore"):
+                self._rows.append(np.log2(rows))
+                self._columns.append(np.log2(columns) - np.log2(tensor) if tensor else columns)
+
+    def at(self, step: float) -> Scales:
+        """Return the scales for a step."""
+        shift = 2 * np.log2(step)
+        return Scales(
+            [_rounded(rows - shift) for rows in self._rows],
+            [_rounded(columns) for columns in self._columns],
+        )
+
+
+def _rounded(power: NDArray[np.float64]) -> Index:
+    live = np.isfinite(power)
+    index = np.full(power.shape, DEAD, np.int32)
+    index[live] = np.clip(np.rint(power[live]), -_LIMIT, _LIMIT)
+    return index
+
+
+def _scaled(size: int, width: int) -> tuple[bool, bool]:
+    """Return whether a tensor's rows and columns have scales of their own."""
+    rows = -(-size // width) if size else 0
+    return rows > 1 and width >= _LEAST, rows >= _LEAST and width > 1
+
+
+def encode(scales: Scales, layout: Layout) -> bytes:
+    """Encode scales with the range coder; the length in front is the caller's."""
+    values, tensors = [], []
+    for (size, width), rows, columns in zip(
+        geometry(layout), scales.rows, scales.columns, strict=True
+    ):
+        if not size:
+            continue
+        by_row, by_column = _scaled(size, width)
+        live = rows[rows != DEAD]
+        middle = int(np.median(live)) if live.size else DEAD
+        values.append(np.array([middle], np.int32))
+        if by_row:
+            values.append(np.where(rows == DEAD, DEAD, rows - middle).astype(np.int32))
+        if by_column:
+            values.append(columns)
+        tensors += [(part.size, part.size) for part in values[len(tensors) :]]
+    count = sum(size for size, _ in tensors)
+    joined = np.concatenate([*values, np.zeros(0, np.int32)])
+    body = _range.encode(joined, tensors, 4 * count + 64)
+    assert body is not None
+    return body
+
+
+def decode(body: bytes | memoryview, layout: Layout) -> Scales:
+    """Return the scales of :func:`encode`.
+
+    Raises:
+      DecodeError: If they are not what an encoder writes.
+    """
+    shapes = geometry(layout)
+    tensors = []
+    for size, width in shapes:
+        if size:
+            by_row, by_column = _scaled(size, width)
+            rows = -(-size // width)
+            tensors += [(1, 1)] + [(rows, rows)] * by_row + [(width, width)] * by_column
+    values = _range.decode(body, tensors)
+    if ((np.abs(values) > 2 * _LIMIT) & (values != DEAD)).any():
+        raise DecodeError("a scale is out of range")
+    found = Scales([], [])
+    at = 0
+
+    def take(count: int) -> Index:
+        nonlocal at
+        at += count
+        return values[at - count : at]
+
+    for size, width in shapes:
+        rows = np.full(-(-size // width), DEAD, np.int32)
+        columns = np.zeros(width, np.int32)
+        if size:
+            by_row, by_column = _scaled(size, width)
+            middle = int(take(1)[0])
+            offsets = take(rows.size) if by_row else np.zeros(rows.size, np.int32)
+            rows = np.where(offsets == DEAD, DEAD, middle + offsets).astype(np.int32)
+            if middle == DEAD:
+                rows[:] = DEAD
+            columns = take(width) if by_column else columns
+        found.rows.append(rows)
+        found.columns.append(columns)
+    return found
