@@ -1,10 +1,12 @@
-"""Rate control: the step of a codec that meets a target in bits or in error."""
+"""Rate control: the step of a codec that meets a goal in bits or in error."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,21 +15,68 @@ from fedq.codecs.base import Codec
 from fedq.errors import ConfigError
 from fedq.layout import Layout, Vector
 
-#: Steps below this fraction of the largest magnitude would exceed what integers hold.
-FINEST = 2.0**-20
-_PROBES = 2
-
-
 #: From a step to expected bits and expected squared error.
 Forecast = Callable[[float], tuple[float, float]]
 
+#: Steps below this fraction of the largest magnitude would exceed what integers hold.
+_FINEST = 2.0**-20
+_SMALLEST = 1e-44
+_PROBES = 2
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a body is to meet; one of the three is not None.
+
+    Attributes:
+      step: The step itself.
+      error: Expected squared error.
+      bits: Of the body.
+    """
+
+    step: float | None = None
+    error: float | None = None
+    bits: float | None = None
+
+    def less(self, spent_bytes: int) -> Goal:
+        """Return what is left of the goal when some bytes are spent, at least an eighth."""
+        if self.bits is None:
+            return self
+        return dataclasses.replace(self, bits=max(self.bits - 8 * spent_bytes, self.bits / 8))
+
+    def solve(self, forecast: Forecast, x: Vector) -> float:
+        """Return the step that is expected to meet the goal for ``x``; 0 if that is all zero."""
+        largest = float(np.abs(x).max(initial=0))
+        if not largest:
+            return 0.0
+        if self.step is not None:
+            step = self.step
+        elif self.error is not None:
+            step = _bisect(lambda s: forecast(s)[1], self.error, x, 1)
+        else:
+            assert self.bits is not None
+            step = _bisect(lambda s: forecast(s)[0], self.bits, x, -1)
+        return max(step, largest * _FINEST, _SMALLEST)
+
+
+def _bisect(value: Callable[[float], float], target: float, x: Vector, sign: int) -> float:
+    """Return the step at which a monotone function (rising if ``sign`` > 0) meets the target."""
+    unit = math.sqrt(float(np.square(x, dtype=np.float64).mean()))
+    low, high = math.log2(unit) - 24, math.log2(unit) + 12
+    for _ in range(24):
+        middle = (low + high) / 2
+        if (value(2.0**middle) < target) == (sign > 0):
+            low = middle
+        else:
+            high = middle
+    return float(2.0 ** ((low + high) / 2))
+
 
 class RateCodec(Codec):
-    """A codec with one step, which is given or found.
+    """A codec that meets a goal: ``bits`` per parameter, a relative error, or a step.
 
     Subclasses declare the fields ``bits``, ``nmse`` and ``step``. The first that is not zero of
-    ``step``, ``nmse`` and ``bits`` counts. The step must not depend on the randomness that the
-    final encoding uses, or dither would no longer be unbiased: probes draw their own.
+    ``step``, ``nmse`` and ``bits`` counts.
     """
 
     bits: float
@@ -35,7 +84,7 @@ class RateCodec(Codec):
     step: float
 
     def __post_init__(self) -> None:
-        """Refuse targets out of range."""
+        """Refuse goals out of range."""
         super().__post_init__()
         if not 0 <= self.bits <= 16:
             raise ConfigError(f"codec.bits must be from 0 to 16 per parameter, not {self.bits}")
@@ -47,42 +96,47 @@ class RateCodec(Codec):
             raise ConfigError("set one of codec.bits, codec.nmse and codec.step")
 
     @abc.abstractmethod
-    def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
-        """Encode at a step; the same bytes as ``_encode`` once that has found the step."""
+    def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
+        """Encode towards a goal."""
+
+    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
+        if self.step:
+            goal = Goal(step=self.step)
+        elif self.nmse:
+            goal = Goal(error=self.nmse * float(np.square(x, dtype=np.float64).sum()))
+        else:
+            header = 8 * len(wire.seal_frame(self, layout, seed, b""))
+            goal = Goal(bits=max(self.bits * x.size - header, self.bits * x.size / 2))
+        return self._encode_to(x, layout, seed, goal)
+
+
+class SteppedCodec(RateCodec):
+    """A codec whose one step decides its rate.
+
+    The step does not depend on the randomness that the final encoding uses, or dither would no
+    longer be unbiased: probes draw their own.
+    """
 
     @abc.abstractmethod
     def _forecast(self, x: Vector, layout: Layout) -> Forecast:
         """Return a function from the step to expected bits and expected squared error."""
 
-    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
-        largest = float(np.abs(x).max(initial=0))
-        if not largest:
-            return self._encode_at(x, layout, seed, 0.0)
-        floor = max(largest * FINEST, 1e-44)
-        if self.step:
-            return self._encode_at(x, layout, seed, max(self.step, floor))
-        power = float(np.square(x, dtype=np.float64).sum())
-        unit = math.sqrt(power / x.size)
+    @abc.abstractmethod
+    def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
+        """Encode at a step; at 0 an all-zero vector."""
+
+    def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
         forecast = self._forecast(x, layout)
-        if self.nmse:
-            step = _solve(lambda s: forecast(s)[1], self.nmse * power, unit, 1)
-            return self._encode_at(x, layout, seed, max(step, floor))
-        header = 8 * len(wire.seal_frame(self, layout, seed, b""))
-        target = max(self.bits * x.size - header, self.bits * x.size / 2)
-        step = self._meet(x, layout, target, unit, floor, lambda s: forecast(s)[0])
+        step = goal.solve(forecast, x)
+        if step and goal.bits is not None:
+            least = Goal(step=0.0).solve(forecast, x)
+            step = max(self._probe(x, layout, goal.bits, step, forecast), least)
         return self._encode_at(x, layout, seed, step)
 
-    def _meet(
-        self,
-        x: Vector,
-        layout: Layout,
-        target: float,
-        unit: float,
-        floor: float,
-        expected: Callable[[float], float],
+    def _probe(
+        self, x: Vector, layout: Layout, target: float, step: float, forecast: Forecast
     ) -> float:
-        """Return the step at which encoding takes about ``target`` bits."""
-        step = max(_solve(expected, target, unit, -1), floor)
+        """Return a better step, from the real length at a few."""
         known: tuple[float, float] | None = None
         for probe in range(_PROBES):
             bits = 8 * len(self._encode_at(x, layout, ~probe, step))
@@ -92,21 +146,9 @@ class RateCodec(Codec):
             if known is not None and abs(place - known[0]) > 1e-6 and miss != known[1]:
                 slope = (miss - known[1]) / (place - known[0])
             else:
-                near, far = expected(step), expected(step * 1.1)
-                slope = math.log2(far / near) / math.log2(1.1) if far < near else -1.0
+                near, far = forecast(step)[0], forecast(step * 1.1)[0]
+                slope = math.log2(far / near) / math.log2(1.1) if 0 < far < near else -1.0
             known = place, miss
             slope = min(max(slope, -4.0), -0.2)
-            step = max(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), floor)
+            step = max(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), _SMALLEST)
         return step
-
-
-def _solve(value: Callable[[float], float], target: float, unit: float, sign: int) -> float:
-    """Return the step at which a monotone function (rising if ``sign`` > 0) meets the target."""
-    low, high = math.log2(unit) - 24, math.log2(unit) + 12
-    for _ in range(24):
-        middle = (low + high) / 2
-        if (value(2.0**middle) < target) == (sign > 0):
-            low = middle
-        else:
-            high = middle
-    return float(2.0 ** ((low + high) / 2))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedq import random, wire
 from fedq.codecs import _dither, _range, _scales
-from fedq.codecs._rate import Forecast, RateCodec
+from fedq.codecs._rate import Forecast, SteppedCodec
 from fedq.codecs._scales import Law, Profile, Scales
 from fedq.codecs._trellis import ERROR, States, search, transitions
 from fedq.errors import DecodeError
@@ -20,7 +20,7 @@ from fedq.registry import register
 
 
 @register("codec", "dtcq")
-class DTCQ(RateCodec):
+class DTCQ(SteppedCodec):
     """Round ``x / step + u`` to a sequence of a trellis code, and subtract the dither u again.
 
     The code is invariant under shifts by 4, and u is uniform in (0, 4): so the error is independent
