@@ -1,8 +1,8 @@
 """Kernels of dithered trellis-coded quantization; which coordinate is sent, and how.
 
 The 32 random bits of a coordinate are its dither u in (0, 4), the upper 23, and its lot, the lower
-9. Integers are coded relative to the one that zero would most likely get, together with the place of
-zero in its interval, which both ends know.
+9. Integers are coded relative to the one that zero would most likely get; the place of zero in its
+interval, which both ends know, helps the coder.
 """
 
 from __future__ import annotations

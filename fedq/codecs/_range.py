@@ -384,7 +384,10 @@ def encode(
       tensors: Size and columns of each tensor in turn; the sizes add up to n.
       limit: Bytes at most.
       side: (n,) what both ends know: a bin below :data:`SIDE_BINS`, plus :data:`SIDE_FLIP` where
-        signs are to be mirrored.
+        signs are to be mirrored; or a column of the ``table``.
+      table: (2, 256) side information by parity of the trellis state, and by ``side``; with
+        :data:`ODD_BELOW`, :data:`ODD_ABOVE` and :data:`SKIP`.
+      trellis: (states, 2) next state by state, and by the parity of value plus offset.
 
     Example:
       >>> len(encode(np.zeros(10_000, np.int32), [(10_000, 100)], limit=100))

@@ -20,7 +20,7 @@ Forecast = Callable[[float], tuple[float, float]]
 
 #: Steps below this fraction of the largest magnitude would exceed what integers hold.
 _FINEST = 2.0**-20
-_SMALLEST = 1e-44
+_SMALLEST, _LARGEST = 1e-44, 2.0**125
 _PROBES = 2
 
 
@@ -56,7 +56,12 @@ class Goal:
         else:
             assert self.bits is not None
             step = _bisect(lambda s: forecast(s)[0], self.bits, x, -1)
-        return max(step, largest * _FINEST, _SMALLEST)
+        return _bounded(step, largest)
+
+
+def _bounded(step: float, largest: float) -> float:
+    """Keep what is decoded, x and a few steps, within float32, and integers within their range."""
+    return max(min(step, _LARGEST - largest / 8), largest * _FINEST, _SMALLEST)
 
 
 def _bisect(value: Callable[[float], float], target: float, x: Vector, sign: int) -> float:
@@ -129,8 +134,7 @@ class SteppedCodec(RateCodec):
         forecast = self._forecast(x, layout)
         step = goal.solve(forecast, x)
         if step and goal.bits is not None:
-            least = Goal(step=0.0).solve(forecast, x)
-            step = max(self._probe(x, layout, goal.bits, step, forecast), least)
+            step = self._probe(x, layout, goal.bits, step, forecast)
         return self._encode_at(x, layout, seed, step)
 
     def _probe(
@@ -138,6 +142,7 @@ class SteppedCodec(RateCodec):
     ) -> float:
         """Return a better step, from the real length at a few."""
         known: tuple[float, float] | None = None
+        largest = float(np.abs(x).max())
         for probe in range(_PROBES):
             bits = 8 * len(self._encode_at(x, layout, ~probe, step))
             place, miss = math.log2(step), math.log2(bits / target)
@@ -150,5 +155,5 @@ class SteppedCodec(RateCodec):
                 slope = math.log2(far / near) / math.log2(1.1) if 0 < far < near else -1.0
             known = place, miss
             slope = min(max(slope, -4.0), -0.2)
-            step = max(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), _SMALLEST)
+            step = _bounded(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), largest)
         return step

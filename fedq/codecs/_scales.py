@@ -175,7 +175,8 @@ def _scaled(size: int, width: int) -> tuple[bool, bool]:
 
 def encode(scales: Scales, layout: Layout) -> bytes:
     """Encode scales with the range coder; the length in front is the caller's."""
-    values, tensors = [], []
+    values: list[Index] = []
+    tensors: list[tuple[int, int]] = []
     for (size, width), rows, columns in zip(
         geometry(layout), scales.rows, scales.columns, strict=True
     ):
@@ -222,16 +223,15 @@ def decode(body: bytes | memoryview, layout: Layout) -> Scales:
         return values[at - count : at]
 
     for size, width in shapes:
-        rows = np.full(-(-size // width), DEAD, np.int32)
-        columns = np.zeros(width, np.int32)
+        row = np.full(-(-size // width), DEAD, np.int32)
+        column = np.zeros(width, np.int32)
         if size:
             by_row, by_column = _scaled(size, width)
             middle = int(take(1)[0])
-            offsets = take(rows.size) if by_row else np.zeros(rows.size, np.int32)
-            rows = np.where(offsets == DEAD, DEAD, middle + offsets).astype(np.int32)
-            if middle == DEAD:
-                rows[:] = DEAD
-            columns = take(width) if by_column else columns
-        found.rows.append(rows)
-        found.columns.append(columns)
+            offsets = take(row.size) if by_row else np.zeros(row.size, np.int32)
+            if middle != DEAD:
+                row = np.where(offsets == DEAD, DEAD, middle + offsets).astype(np.int32)
+            column = take(width) if by_column else column
+        found.rows.append(row)
+        found.columns.append(column)
     return found

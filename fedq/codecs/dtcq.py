@@ -1,4 +1,4 @@
-"""Dithered trellis-coded quantization: subtractive dither (Ziv 1985) on a trellis (Ungerboeck 1982)."""
+"""Dithered trellis-coded quantization (dither: Ziv 1985; trellis: Ungerboeck 1982)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class DTCQ(SteppedCodec):
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"bits": 2.0},
         {"nmse": 0.05, "states": 64},
-        {"bits": 1.0, "sampling": False},
+        {"bits": 1.5, "sampling": False},
         {"step": 0.01},
     )
 

@@ -36,8 +36,8 @@ _WORTH = 0.36
 class LowRank(RateCodec):
     """Send the leading singular vectors of each matrix, coarsely, and what they leave by ``inner``.
 
-    Updates of a few steps of SGD are nearly of low rank. With ``x ~ sum_j u_j s_j v_j``, the factors
-    ``u_j s_j`` and ``v_j s_j`` are rounded on a common grid, which spends bits as reverse
+    Updates of a few steps of SGD are nearly of low rank. With ``x ~ sum_j u_j s_j v_j``, the
+    factors ``u_j s_j`` and ``v_j s_j`` are rounded on a common grid, which spends bits as reverse
     water-filling would; then ``x - sum`` goes through ``inner``. The prediction depends on ``x``
     alone, so that the sum of both is unbiased if ``inner`` is. Each tensor's rank is the one of the
     least expected error plus bits, from the scales of what it leaves.
@@ -109,13 +109,13 @@ class LowRank(RateCodec):
         # The choice of factors is made once; then the rest alone has to meet the goal.
         step = float(np.float32(step))
         factors = [choice.factors(step) for choice in choices.matrices if step]
-        rest = x.copy()
-        for tensor, factor in zip(_matrices(layout), factors, strict=False):
-            rest[tensor.slice] -= factor.product(step).ravel()
+        with np.errstate(over="ignore", invalid="ignore"):
+            rest = _rest(x, layout, factors, step)
+            if not np.isfinite(rest).all():  # near the end of float32
+                factors = [factor.none for factor in factors]
+                rest = _rest(x, layout, factors, step)
         side = _write(factors, self._factor_limit(layout)) if factors else b""
         head = struct.pack("<f", step) + wire.varint(len(side)) + side
-        if not np.isfinite(rest).all():
-            raise ConfigError("values are too large for a low-rank prediction; set codec.rank=0")
         return head + self._inner._encode_to(rest, layout, seed, goal.less(len(head)))
 
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
@@ -140,6 +140,14 @@ class LowRank(RateCodec):
         return out
 
 
+def _rest(x: Vector, layout: Layout, factors: Sequence[_Factors], step: float) -> Vector:
+    """Return what the factors leave of ``x``."""
+    rest = x.copy()
+    for tensor, factor in zip(_matrices(layout), factors, strict=False):
+        rest[tensor.slice] -= factor.product(step).ravel()
+    return rest
+
+
 def _shape(tensor: Tensor) -> tuple[int, int]:
     return tensor.rows, tensor.size // tensor.rows
 
@@ -157,6 +165,11 @@ class _Factors:
     left: NDArray[np.int32]
     right: NDArray[np.int32]
     size: NDArray[np.float32]
+
+    @property
+    def none(self) -> _Factors:
+        """The same, of rank 0."""
+        return _Factors(self.width, self.left[:0], self.right[:0], self.size[:0])
 
     def product(self, step: float) -> Matrix:
         """Return ``sum_j left_j right_j width^2 / size_j``, float32, on every machine the same."""
