@@ -44,10 +44,10 @@ class DTCQ(SteppedCodec):
         ones following the cube root of their scale.
 
     Example:
-      >>> layout, codec = Layout.flat(10_000), DTCQ(bits=1.0)
-      >>> x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+      >>> layout, codec = Layout.flat(100_000), DTCQ(bits=2.0)
+      >>> x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
       >>> payload = codec.encode(x, layout, seed=1)
-      >>> abs(8 * len(payload) / 10_000 - 1) < 0.05
+      >>> abs(8 * len(payload) / 100_000 - 2) < 0.04
       True
 
     Reference:

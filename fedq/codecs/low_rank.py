@@ -56,10 +56,10 @@ class LowRank(RateCodec):
     Example:
       >>> layout, rng = Layout(("w",), ((64, 100),)), np.random.default_rng(0)
       >>> x = np.outer(rng.standard_normal(64), rng.standard_normal(100)).ravel().astype(np.float32)
-      >>> codec = LowRank(bits=0.5)
+      >>> codec = LowRank(bits=1.0)
       >>> payload = codec.encode(x, layout, seed=1)
       >>> error = codec.decode(payload, layout) - x
-      >>> len(payload) < 450, float(error @ error / (x @ x)) < 0.05
+      >>> len(payload) < 800, float(error @ error / (x @ x)) < 0.05
       (True, True)
 
     Reference:
