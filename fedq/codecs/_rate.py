@@ -21,7 +21,7 @@ Forecast = Callable[[float], tuple[float, float]]
 #: Steps below this fraction of the largest magnitude would exceed what integers hold.
 _FINEST = 2.0**-20
 _SMALLEST, _LARGEST = 1e-44, 2.0**125
-_PROBES = 2
+_PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -134,26 +134,33 @@ class SteppedCodec(RateCodec):
         forecast = self._forecast(x, layout)
         step = goal.solve(forecast, x)
         if step and goal.bits is not None:
-            step = self._probe(x, layout, goal.bits, step, forecast)
+            step = self._probe(x, layout, 0, goal.bits, step, forecast)
+        elif step and goal.error is not None and not self.unbiased:  # dither errs as forecast
+            step = self._probe(x, layout, 1, goal.error, step, forecast)
         return self._encode_at(x, layout, seed, step)
 
     def _probe(
-        self, x: Vector, layout: Layout, target: float, step: float, forecast: Forecast
+        self, x: Vector, layout: Layout, what: int, target: float, step: float, forecast: Forecast
     ) -> float:
-        """Return a better step, from the real length at a few."""
+        """Return a better step, from what is measured at a few: 0 is bits, 1 is the error."""
         known: tuple[float, float] | None = None
         largest = float(np.abs(x).max())
+        sign = (-1.0, 1.0)[what]
         for probe in range(_PROBES):
-            bits = 8 * len(self._encode_at(x, layout, ~probe, step))
-            place, miss = math.log2(step), math.log2(bits / target)
+            body = self._encode_at(x, layout, ~probe, step)
+            measured = 8.0 * len(body)
+            if what:
+                error = self._decode(memoryview(body), layout, ~probe) - x.astype(np.float64)
+                measured = float(error @ error)
+            place, miss = math.log2(step), math.log2(max(measured, target / 1024) / target)
             if abs(miss) < 0.002:
                 break
             if known is not None and abs(place - known[0]) > 1e-6 and miss != known[1]:
                 slope = (miss - known[1]) / (place - known[0])
             else:
-                near, far = forecast(step)[0], forecast(step * 1.1)[0]
-                slope = math.log2(far / near) / math.log2(1.1) if 0 < far < near else -1.0
+                near, far = forecast(step)[what], forecast(step * 1.1)[what]
+                slope = math.log2(far / near) / math.log2(1.1) if 0 < far != near > 0 else sign
             known = place, miss
-            slope = min(max(slope, -4.0), -0.2)
+            slope = sign * min(max(sign * slope, 0.2), 4.0)
             step = _bounded(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), largest)
         return step

@@ -125,6 +125,11 @@ class Scales:
     rows: list[Index]
     columns: list[Index]
 
+    def expect(self, law: Law, step: float) -> tuple[float, float]:
+        """Return expected bits and expected squared error of a vector of these scales."""
+        parts = [law.expect(*part) for part in zip(self.rows, self.columns, strict=True)]
+        return sum(part[0] for part in parts), sum(part[1] for part in parts) * step * step
+
 
 class Profile:
     """Root mean squares of all rows and columns of a vector, as logarithms."""

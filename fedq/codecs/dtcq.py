@@ -85,16 +85,7 @@ class DTCQ(SteppedCodec):
 
     def _forecast(self, x: Vector, layout: Layout) -> Forecast:
         profile = Profile(x, layout)
-
-        def forecast(step: float) -> tuple[float, float]:
-            parts = profile.at(step)
-            bits, error = 0.0, 0.0
-            for rows, columns in zip(parts.rows, parts.columns, strict=True):
-                more = self._law.expect(rows, columns)
-                bits, error = bits + more[0], error + more[1]
-            return bits, error * step * step
-
-        return forecast
+        return lambda step: profile.at(step).expect(self._law, step)
 
     def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
         step = float(np.float32(step))
