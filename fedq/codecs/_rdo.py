@@ -66,7 +66,7 @@ def _rates(
     count += 0.3 * 0.5 ** np.arange(_MAGNITUDES)
     bits = -np.log2(count / count.sum(2, keepdims=True))
     bits[:, :, 1:] += 1
-    return bits.astype(np.float32)
+    return np.asarray(bits, np.float32)
 
 
 @cache
