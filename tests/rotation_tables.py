@@ -65,8 +65,8 @@ def _staircase(table: Array) -> tuple[Array, NDArray[np.int64], NDArray[np.int64
 def quic_fl_error(table: Array) -> float:
     """Return QUIC-FL's NMSE for N(0, 1): its levels are ``table``, (shared values, codes).
 
-    The decoded value has mean z, so its variance is E[level**2] - z**2, and E[level**2] is linear in
-    z between the steps of the staircase.
+    The decoded value has mean z, so its variance is E[level**2] - z**2, and E[level**2] is linear
+    in z between the steps of the staircase.
     """
     _, _, _, levels = _staircase(table)
     mean, square = levels.mean(axis=1), (levels**2).mean(axis=1)
@@ -82,11 +82,11 @@ def quic_fl(bits: int, shared_bits: int, iterations: int = 3000) -> Array:
 
     The problem of section 4: choose levels R(h, c) and a rule that sends a code c for shared
     randomness h and value z, such that the mean over h of what is decoded is z for every z in
-    +-THRESHOLD, with least expected squared error. The authors solve it for 512 quantiles of z with
-    a solver. Here z is continuous, by duality: with a multiplier for the mean, the best code of each
+    +-THRESHOLD, with least expected squared error. The authors solve it for quantiles of z with a
+    solver. Here z is continuous, by duality: with a multiplier for the mean, the best code of each
     h is the level nearest to one common target t(z); the mean of those levels is a staircase in t,
     and z between two of its steps mixes them. Levels are then optimal where each is the mean of
-    the targets that choose it (Lloyd's condition), but for the last ones, which are moved alike so
+    the targets that choose it (Lloyd's condition), but for the last ones, which are pushed out so
     that the mean reaches the threshold.
     """
     shared, count = 1 << shared_bits, 1 << bits
@@ -111,6 +111,7 @@ def quic_fl(bits: int, shared_bits: int, iterations: int = 3000) -> Array:
         better = total / weight
         push = (THRESHOLD - better[:, -1].mean()) / (1 / weight[:, -1]).mean()
         better[:, -1] += push / weight[:, -1]
+        better[:, 0] -= push / weight[:, 0]
         table = (table + better) / 2
         table = (table - table[::-1, ::-1]) / 2
     return table

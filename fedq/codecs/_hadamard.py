@@ -1,9 +1,9 @@
 """Randomised Hadamard rotation (Ailon and Chazelle 2006), in pieces and never padded as a whole.
 
-A vector is cut into pieces of powers of two, 2**16 at most: the largest ones first, and what is left
-below :data:`SMALLEST` coordinates is padded to the next power of two. A piece fits into a core's
-cache, and longer ones would gain nothing: the rotated piece is as Gaussian, and the error of the
-codecs here is in proportion to energy however it is cut.
+A vector is cut into pieces of powers of two, 2**16 at most: the largest ones first, and what is
+left below :data:`SMALLEST` coordinates is padded to the next power of two. A piece fits into a
+core's cache, and longer ones would gain nothing: the rotated piece is as Gaussian, and the error of
+the codecs here is in proportion to energy however it is cut.
 
 The transform adds and subtracts in the order of the textbook's stages, without fast-math: every
 schedule of the same stages, on any machine, gives the same bits.
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import random
+from fedq.errors import ConfigError
 from fedq.jit import jit
 from fedq.layout import Vector
 
@@ -31,13 +32,19 @@ def piece_sizes(count: int) -> list[int]:
     """Return powers of two, descending, that hold ``count`` coordinates.
 
     >>> piece_sizes(200_000), piece_sizes(100)
-    ([65536, 65536, 65536, 2048, 1024, 256, 64, 64], [64, 64])
+    ([65536, 65536, 65536, 2048, 1024, 256, 64], [64, 64])
     """
     sizes = [LARGEST] * (count // LARGEST)
     rest = count % LARGEST
     sizes += [1 << bit for bit in range(15, 5, -1) if rest >> bit & 1]
     tail = rest % SMALLEST
     return sizes + ([1 << (tail - 1).bit_length()] if tail else [])
+
+
+def check_rounds(rounds: int) -> None:
+    """Refuse other than one or two rounds."""
+    if rounds not in (1, 2):
+        raise ConfigError(f"codec.rounds must be 1 or 2, not {rounds}")
 
 
 class Rotation:
@@ -176,3 +183,21 @@ def transform(z: Vector) -> None:
         h *= 4
     if h < n:
         _last_stage(z, 0, h)
+
+
+def integer_factor(largest: float) -> float:
+    """Return the power of two that makes a piece's numbers integers of 22 bits.
+
+    Sums of integers are the same in any order: by any kernel, on any device.
+    """
+    return math.ldexp(1.0, 22 - math.frexp(largest)[1])
+
+
+@jit
+def energy(z: Vector, integer: float) -> int:
+    """Return the sum of squares of the integers ``rint(integer z)``."""
+    total = np.int64(0)
+    for i in range(z.size):
+        number = np.int64(np.rint(z[i] * integer))
+        total += number * number
+    return int(total)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from fedq.codecs._hadamard import check_rounds
 from fedq.codecs.base import Codec
-from fedq.codecs.eden import Eden, check_rounds
+from fedq.codecs.eden import Eden
 from fedq.layout import Layout, Vector
 from fedq.registry import register
 

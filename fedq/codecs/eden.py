@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from fedq import random
 from fedq.codecs._bits import pack, packed_bytes, unpack
 from fedq.codecs._groups import floats_bytes, read_scales
-from fedq.codecs._hadamard import LARGEST, SMALLEST, Rotation, piece_sizes
+from fedq.codecs._hadamard import (
+    LARGEST,
+    SMALLEST,
+    Rotation,
+    check_rounds,
+    energy,
+    integer_factor,
+    piece_sizes,
+)
 from fedq.codecs._levels import LLOYD_MAX, UNIT
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
@@ -27,18 +35,19 @@ class Eden(Codec):
 
     Pieces of ``x`` (powers of two, at most 2**16) are rotated to z, whose coordinates are about
     Gaussian whatever ``x`` is. Rounded to levels q(z / rms z), a piece is decoded as the inverse
-    rotation of ``S q`` with ``S = |z|**2 / <z, q>``, so that ``<x, y> = |x|**2`` exactly. For N(0, 1)
-    the error over ``|x|**2`` is 0.571, 0.133, 0.0358, 0.0096 at 1, 2, 3, 4 bits.
+    rotation of ``S q`` with ``S = |z|**2 / <z, q>``, so that ``<x, y> = |x|**2`` exactly. For
+    N(0, 1) the error over ``|x|**2`` is 0.571, 0.133, 0.0358, 0.0096 at 1, 2, 3, 4 bits.
 
     Rates between two integers give a share of each piece's coordinates a bit more. The paper draws
     which; after the rotation all are alike, so it is the first ones. Rates below 1 send a random
     subset of the coordinates of ``x``, each with probability ``bits``, at one bit: error
     ``1.571 / bits - 1``.
 
-    *Approximately* unbiased: for a uniformly random rotation the paper proves it, and then errors of
-    different seeds cancel. A Hadamard rotation is not one. What is left after averaging is in the
-    part of y across x, never along it: with two rounds, for one or two non-zeros, less than 1 % of
-    one vector's error; with one round, all of it. ``tests/laws/test_rotation_laws.py`` measures it.
+    *Approximately* unbiased: for a uniformly random rotation the paper proves it, and then errors
+    of different seeds cancel. A Hadamard rotation is not one. With two rounds, 400 seeds averaged
+    out as they should for Gaussian, 1- and 2-sparse and row-sparse vectors of 4096 and more
+    coordinates; four spikes in 160 coordinates kept 2 % of one vector's error for ever. With one
+    round a vector of two non-zeros keeps all of it.
 
     Body: S per piece, float32; then the codes, packed: those of the lower rate, then the others.
 
@@ -59,7 +68,7 @@ class Eden(Codec):
 
     Reference:
       Vargaftik et al. 2022, "EDEN: communication-efficient and robust distributed mean estimation
-      for federated learning", section 3 and, for other rates, section 4. Lloyd-Max levels: Max 1960.
+      for federated learning", section 3 and, for other rates, section 4. Levels: Max 1960.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -126,45 +135,44 @@ class Eden(Codec):
         for i, (start, stop) in enumerate(rotation.pieces()):
             piece, code, border = z[start:stop], codes[start:stop], self.finer(stop - start)
             integer = integer_factor(float(np.abs(piece).max()))
-            energy = _energy(piece, integer)
-            rms = math.sqrt(energy / piece.size) / integer
+            squares = energy(piece, integer)
+            rms = math.sqrt(squares / piece.size) / integer
             along = 0
-            for part, bits in (
-                (slice(border), self.coarse + 1),
-                (slice(border, None), self.coarse),
-            ):
-                borders = thresholds(bits, rms)
-                along += _quantise(piece[part], integer, borders, levels(bits), code[part])
-            scales[i] = scale(energy, along, units[i] / (integer * rotation.gain(piece.size)))
+            coarse, fine = (slice(border, None), self.coarse), (slice(border), self.coarse + 1)
+            for part, bits in (coarse, fine):
+                if piece[part].size:
+                    borders = thresholds(bits, rms)
+                    along += _quantise(piece[part], integer, borders, levels(bits), code[part])
+            scales[i] = scale(squares, along, units[i] / (integer * rotation.gain(piece.size)))
             if scales[i] == 0:
                 code[:] = 0
-        fine = self.is_fine(rotation.sizes)
-        parts = zip((codes[~fine], codes[fine]), self.split(rotation.sizes), strict=True)
+        is_fine = self.is_fine(rotation.sizes)
+        parts = zip((codes[~is_fine], codes[is_fine]), self.split(rotation.sizes), strict=True)
         return floats_bytes(scales) + b"".join(pack(part, bits) for part, (_, bits) in parts)
 
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         drawn = self.drawn(layout.size, seed)
         rotation = Rotation(drawn.size, self.rounds, seed)
         scales, body = read_scales(body, len(rotation.sizes))
-        fine = self.is_fine(rotation.sizes)
+        is_fine = self.is_fine(rotation.sizes)
         z = np.empty(rotation.padded, np.float32)
+        zero = np.repeat(scales == 0, rotation.sizes)
         start = 0
-        for where, (count, bits) in zip((~fine, fine), self.split(rotation.sizes), strict=True):
+        for where, (count, bits) in zip(
+            (~is_fine, is_fine), self.split(rotation.sizes), strict=True
+        ):
             stop = start + packed_bytes(count, bits)
             codes = unpack(body[start:stop], count, bits)
-            z[where] = values(bits)[codes]
+            if codes[zero[where]].any():
+                raise DecodeError("a code is not zero where the scale is")
+            if count:
+                z[where] = values(bits)[codes]
             start = stop
         if start != len(body):
             raise DecodeError(f"{len(body)} bytes of codes, not {start}")
         y = np.zeros(layout.size, np.float32)
         y[drawn] = rotation.backward(z, scales / min(self.bits, 1.0))
         return y
-
-
-def check_rounds(rounds: int) -> None:
-    """Refuse other than one or two rounds."""
-    if rounds not in (1, 2):
-        raise ConfigError(f"codec.rounds must be 1 or 2, not {rounds}")
 
 
 @cache
@@ -184,28 +192,11 @@ def thresholds(bits: int, rms: float) -> Vector:
     return ((levels(bits)[1:] + levels(bits)[:-1]) / (2 * UNIT) * rms).astype(np.float32)
 
 
-def integer_factor(largest: float) -> float:
-    """Return the power of two that makes a piece's numbers integers of 22 bits.
-
-    Sums of integers are the same in any order: by any kernel, on any device.
-    """
-    return math.ldexp(1.0, 22 - math.frexp(largest)[1])
-
-
-def scale(energy: int, along: int, unit: float) -> np.float32:
+def scale(squares: int, along: int, unit: float) -> np.float32:
     """Return ``S = |z|**2 / <z, q>`` from integer sums, for integers in units of ``unit``."""
-    if energy == 0:
+    if squares == 0:
         return np.float32(0)
-    return np.float32(min(energy / along * UNIT * unit, float(np.finfo(np.float32).max)))
-
-
-@jit
-def _energy(z: Vector, integer: float) -> int:
-    total = 0
-    for value in z:
-        number = np.int64(np.rint(value * integer))
-        total += number * number
-    return total
+    return np.float32(min(squares / along * UNIT * unit, float(np.finfo(np.float32).max)))
 
 
 @jit
@@ -217,12 +208,12 @@ def _quantise(
     codes: NDArray[np.int32],
 ) -> int:
     """Count the borders below each z into ``codes``; return ``<z, q>`` of integers."""
-    along = 0
+    along = np.int64(0)
     for low in range(0, z.size, 1024):  # short enough for the first-level cache
-        high = min(low + 1024, z.size)
+        part, code = z[low : low + 1024], codes[low : low + 1024]
         for border in borders:
-            for i in range(low, high):
-                codes[i] += z[i] > border
-        for i in range(low, high):
-            along += np.int64(np.rint(z[i] * integer)) * levels[codes[i]]
-    return along
+            for i in range(part.size):
+                code[i] += np.int32(part[i] > border)
+        for i in range(part.size):
+            along += np.int64(np.rint(part[i] * integer)) * levels[np.uint32(code[i])]
+    return int(along)
