@@ -120,11 +120,11 @@ class Eden(Codec):
         marks = [np.arange(size) < self.finer(size) for size in sizes]
         return np.concatenate(marks) if marks else np.zeros(0, np.bool_)
 
-    def drawn(self, count: int, seed: int) -> NDArray[np.intp]:
-        """Return the places of the coordinates that are sent, ascending."""
+    def drawn(self, count: int, seed: int) -> NDArray[np.bool_]:
+        """Return which coordinates are sent, (count,)."""
         if self.bits >= 1:
-            return np.arange(count)
-        return np.flatnonzero(random.words(seed, count, "eden") < self.bits * 2.0**32)
+            return np.ones(count, np.bool_)
+        return np.asarray(random.words(seed, count, "eden") < self.bits * 2.0**32)
 
     def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
         x = x[self.drawn(x.size, seed)]
@@ -152,7 +152,7 @@ class Eden(Codec):
 
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         drawn = self.drawn(layout.size, seed)
-        rotation = Rotation(drawn.size, self.rounds, seed)
+        rotation = Rotation(int(drawn.sum()), self.rounds, seed)
         scales, body = read_scales(body, len(rotation.sizes))
         is_fine = self.is_fine(rotation.sizes)
         z = np.empty(rotation.padded, np.float32)
@@ -171,7 +171,7 @@ class Eden(Codec):
         if start != len(body):
             raise DecodeError(f"{len(body)} bytes of codes, not {start}")
         y = np.zeros(layout.size, np.float32)
-        y[drawn] = rotation.backward(z, scales / min(self.bits, 1.0))
+        y[drawn] = rotation.backward(z, scales.astype(np.float64) / min(self.bits, 1.0))
         return y
 
 
