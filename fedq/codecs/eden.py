@@ -123,7 +123,7 @@ class Eden(Codec):
     def drawn(self, count: int, seed: int) -> NDArray[np.bool_]:
         """Return which coordinates are sent, (count,)."""
         if self.bits >= 1:
-            return np.ones(count, np.bool_)
+            return np.broadcast_to(np.True_, count)
         return np.asarray(random.words(seed, count, "eden") < self.bits * 2.0**32)
 
     def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
@@ -154,13 +154,18 @@ class Eden(Codec):
         drawn = self.drawn(layout.size, seed)
         rotation = Rotation(int(drawn.sum()), self.rounds, seed)
         scales, body = read_scales(body, len(rotation.sizes))
-        is_fine = self.is_fine(rotation.sizes)
-        z = np.empty(rotation.padded, np.float32)
-        zero = np.repeat(scales == 0, rotation.sizes)
+        z = self._read(body, scales, rotation.sizes)
+        y = np.zeros(layout.size, np.float32)
+        y[drawn] = rotation.backward(z, scales.astype(np.float64) / min(self.bits, 1.0))
+        return y
+
+    def _read(self, body: memoryview, scales: Vector, sizes: list[int]) -> Vector:
+        """Return the levels of all padded coordinates."""
+        is_fine = self.is_fine(sizes)
+        zero = np.repeat(scales == 0, sizes)
+        z = np.empty(is_fine.size, np.float32)
         start = 0
-        for where, (count, bits) in zip(
-            (~is_fine, is_fine), self.split(rotation.sizes), strict=True
-        ):
+        for where, (count, bits) in zip((~is_fine, is_fine), self.split(sizes), strict=True):
             stop = start + packed_bytes(count, bits)
             codes = unpack(body[start:stop], count, bits)
             if codes[zero[where]].any():
@@ -170,9 +175,7 @@ class Eden(Codec):
             start = stop
         if start != len(body):
             raise DecodeError(f"{len(body)} bytes of codes, not {start}")
-        y = np.zeros(layout.size, np.float32)
-        y[drawn] = rotation.backward(z, scales.astype(np.float64) / min(self.bits, 1.0))
-        return y
+        return z
 
 
 @cache
