@@ -20,7 +20,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
     "report": ("report doctor cli", "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend"),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
-    "learning": ("models quantization training", "flwr hydra omegaconf ray rich matplotlib"),
+    "learning": (
+        "models quantization training accelerate",
+        "flwr hydra omegaconf ray rich matplotlib",
+    ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": ("records strategy client engines", "torch hydra omegaconf ray matplotlib"),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
