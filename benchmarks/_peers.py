@@ -43,14 +43,14 @@ class Recipe:
 
 PEERS = {
     "nncodec": Recipe(
-        ("nncodec==2.1.3", "numpy<2", "pandas<3"),
+        ("nncodec==2.1.3", "numpy<2", "tqdm"),
         tuple({"qp": qp} for qp in (-16, -8, -4, 0, 4, 8, 12)),
         unbiased=False,
         sends=True,
     ),
     # Its pipelines call np.reshape(newshape=), which NumPy 2.4 no longer has.
     "openfl": Recipe(
-        ("openfl==1.9", "numpy<2.4"),
+        ("openfl==1.9", "numpy<2.4", "dynaconf", "tqdm"),
         tuple({"n_bits": bits} for bits in (1, 2, 3, 4)),
         unbiased=True,
         sends=True,
@@ -94,12 +94,9 @@ class Peer:
         assert self.process.stdout is not None
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise FedqError("the peer has ended") from None
-        line = self.process.stdout.readline()
-        if not line:
-            raise FedqError(_last_line((self.folder / "log").read_text()))
-        return json.loads(line), np.load(decoded)
+            return json.loads(self.process.stdout.readline()), np.load(decoded)
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise FedqError(_last_line((self.folder / "log").read_text())) from None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
