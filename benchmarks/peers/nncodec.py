@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import _protocol
+import numpy as np
 
 # Its package imports data sets, metrics and a second framework to code a tensor; none is used.
 for name in (
@@ -28,9 +29,11 @@ def encode(arrays: _protocol.Arrays, settings: dict[str, Any], seed: int) -> byt
     """
     if len(arrays) == 1:
         arrays = {name: _square(array) for name, array in arrays.items()}
-    return nnc.compress(
-        dict(arrays), qp=settings["qp"], use_dq=True, row_skipping=True, return_bitstream=True
-    )
+    # A qp is an absolute step, four to the octave: the settings' are for unit power.
+    power = sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays.values())
+    scale = math.sqrt(power / sum(a.size for a in arrays.values())) or 1.0
+    qp = settings["qp"] + round(4 * math.log2(scale))
+    return nnc.compress(dict(arrays), qp=qp, use_dq=True, row_skipping=True, return_bitstream=True)
 
 
 def _square(array: Any) -> Any:
