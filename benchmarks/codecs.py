@@ -42,7 +42,9 @@ from fedq.random import derive
 from fedq.report.plots import COLOURS, FAINT
 
 Options = Mapping[str, Any]
-PEER_CLIENTS = 10  # peers are slow: minutes for what takes ours seconds
+#: Options along a curve; what differs otherwise is another curve.
+RATES = ("bits", "fraction", "rank")
+PEER, PEER_CLIENTS = " (peer)", 10  # peers are slow: minutes for what takes ours seconds
 
 
 def _sweep(name: str, option: str, values: Sequence[float], **others: Any) -> list[Any]:
@@ -157,8 +159,8 @@ def ours(names: list[str] | None, examples: bool, left_out: list[str]) -> Iterat
         except FedqError as error:
             left_out.append(f"{name}: {error}")
             continue
-        inner = getattr(codec, "inner", None)
-        curve = f"{name} + {inner.name}" if registry.is_registered(inner) else name
+        rest = {k: v for k, v in registry.to_config(codec).items() if k not in RATES}
+        curve = registry.describe(rest, "codec")
         yield Contestant(registry.describe(codec), curve, codec.unbiased, _code(codec))
 
 
@@ -189,7 +191,7 @@ def peers(peer: _peers.Peer) -> Iterator[Contestant]:
     note = "" if recipe.sends else "in memory"
     for settings in recipe.settings:
         text = ", ".join(f"{key}={value}" for key, value in settings.items())
-        name, curve = f"{peer.name}({text})", f"{peer.name} (peer)"
+        name, curve = f"{peer.name}({text})", peer.name + PEER
         yield Contestant(name, curve, recipe.unbiased, settled(settings), PEER_CLIENTS, note)
 
 
@@ -314,20 +316,20 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 def draw(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw NMSE against bits, one panel per set of vectors, as ``path`` SVG and PNG."""
     names = list(dict.fromkeys(row["curve"] for group in groups for row in group["rows"]))
-    lines = [name for name in names if any(_points(group, name) > 1 for group in groups)]
-    styles = {
-        name: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": "os^Dv"[i // len(COLOURS) % 5],
-            "markersize": 4,
-        }
-        for i, name in enumerate(lines)
-    }
-    singles = [name for name in names if name not in lines]
-    styles |= {
-        name: {"color": "#4D4D4D", "marker": "PX*hp<>8d"[i % 9], "linestyle": "", "markersize": 6}
-        for i, name in enumerate(singles)
-    }
+    own = [name for name in names if not name.endswith(PEER)]
+    lines = [name for name in own if any(_points(group, name) > 1 for group in groups)]
+    singles = [name for name in own if name not in lines]
+    styles: dict[str, Options] = {}
+    for i, name in enumerate(lines):  # the first are the flagships
+        colour, marker = COLOURS[i % len(COLOURS)], "os^Dv"[i // len(COLOURS) % 5]
+        width = 1.8 if i < len(COLOURS) else 0.8
+        styles[name] = {"color": colour, "marker": marker, "linewidth": width, "markersize": 4}
+    for i, name in enumerate(singles):
+        marker = "PX*hp<>8d"[i % 9]
+        styles[name] = {"color": FAINT, "marker": marker, "linestyle": "", "markersize": 6}
+    for i, name in enumerate(name for name in names if name.endswith(PEER)):
+        marker = "osD"[i % 3]
+        styles[name] = {"color": "black", "marker": marker, "linestyle": ":", "markersize": 4}
     across = min(3, len(groups))
     down = -(-len(groups) // across)
     figure, panels = plt.subplots(
@@ -365,10 +367,11 @@ def _panel(axes: Axes, group: Mapping[str, Any], styles: Mapping[str, Options]) 
     by_curve = sorted(rows, key=lambda row: (row["curve"], row["bits_per_parameter"]))
     for curve, found in groupby(by_curve, key=lambda row: row["curve"]):
         points = list(found)
-        style = {"linewidth": 1.5, **styles[curve]}
         fill = "full" if points[0]["unbiased"] else "none"
         bits = [row["bits_per_parameter"] for row in points]
-        axes.plot(bits, [row["nmse"] for row in points], label=curve, fillstyle=fill, **style)
+        axes.plot(
+            bits, [row["nmse"] for row in points], label=curve, fillstyle=fill, **styles[curve]
+        )
     axes.set(xscale="log", yscale="log", title=f"{group['vectors']}, d = {group['parameters']:,}")
     axes.set(xlabel="bits per parameter", ylabel="NMSE", xlim=(0.01, 40), ylim=(1e-4, 30))
     axes.grid(color="#E5E5E5", linewidth=0.6)

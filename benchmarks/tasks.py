@@ -2,7 +2,7 @@
 
 50 clients by Dirichlet(0.3), 10 a round, 30 rounds, else the main job's training, in float and
 through `fedq simulate`'s machinery. The model is `small_cnn(width=32)`, 220,234 parameters: with it
-the whole grid is a matter of hours on two cores. `accuracy` is the mean over the last five rounds;
+the whole grid takes about an hour on two free cores. `accuracy` is the mean over the last five rounds;
 it and `to float`, the difference to the float run of the same seed in points, are means over seeds
 with the deviation between seeds. Bits are lengths of all payloads times 8 over parameters and
 updates. `fewer` is how many times fewer bytes than float32 a run sends, both ways together.
