@@ -16,11 +16,14 @@ torch.set_num_threads(1)
 
 
 def encode(arrays: _protocol.Arrays, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return codes and scales of every tensor."""
+    """Return codes and scales of every tensor.
+
+    Tensors go in flat: 0.50.2 decodes 4-bit matrices of fewer columns than a block wrongly.
+    """
     kind = settings["kind"]
     coded = {}
     for name, array in arrays.items():
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array.reshape(-1))
         if kind == "int8":
             coded[name] = functional.quantize_blockwise(tensor)
         else:
