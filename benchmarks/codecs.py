@@ -43,7 +43,7 @@ from fedq.report.plots import COLOURS, FAINT
 
 Options = Mapping[str, Any]
 #: Options along a curve; what differs otherwise is another curve.
-RATES = ("bits", "fraction", "rank")
+RATES = ("bits", "code", "fraction", "levels", "rank")
 PEER, PEER_CLIENTS = " (peer)", 10  # peers are slow: minutes for what takes ours seconds
 
 
@@ -53,27 +53,28 @@ def _sweep(name: str, option: str, values: Sequence[float], **others: Any) -> li
 
 #: The codecs of the table and the picture; those that are not registered are left out.
 FRONTIER: list[tuple[str, Options]] = [
-    *_sweep("dtcq", "bits", (0.4, 0.7, 1.0, 2.0, 3.0, 4.0)),
+    *_sweep("dtcq", "bits", (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 3.0, 4.0)),
+    *_sweep("low_rank", "bits", (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0)),
+    *_sweep("rdo_tcq", "bits", (0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 3.0)),
+    *_sweep("low_rank", "bits", (0.025, 0.05, 0.08, 0.13, 0.2, 0.4, 0.9, 1.7), inner="rdo_tcq"),
+    *_sweep("eden", "bits", (0.0125, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)),
     *_sweep("subset", "bits", (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4), inner="dtcq"),
-    *_sweep("low_rank", "bits", (0.25, 0.4, 0.7, 1.0, 2.0), inner="dtcq"),
-    *_sweep("rdo_tcq", "bits", (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 3.0)),
-    *_sweep("low_rank", "bits", (0.05, 0.08, 0.13, 0.2, 0.4, 0.9, 1.7), inner="rdo_tcq"),
-    *_sweep("eden", "bits", (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)),
+    *_sweep("dtcq", "bits", (1.0, 2.0, 3.0, 4.0), states=64),
+    *_sweep("uniform", "bits", (4, 5, 6), rounding="dithered", scale="model"),
     ("drive", {}),
     *_sweep("quic_fl", "bits", (1, 2, 3, 4)),
-    *_sweep("qsgd", "bits", (2, 4, 8)),
-    *_sweep("correlated", "bits", (1, 2, 4)),
-    *_sweep("uniform", "bits", (4, 5, 6), rounding="dithered", scale="model"),
+    *_sweep("qsgd", "levels", (1, 4, 16, 127)),
+    *_sweep("correlated", "levels", (2, 4, 16)),
+    *_sweep("random_k", "fraction", (0.01, 0.1)),
     ("natural", {}),
     ("ternary", {}),
-    *_sweep("random_k", "fraction", (0.01, 0.1)),
     *_sweep("power_sgd", "rank", (1, 4, 16)),
     *_sweep("top_k", "fraction", (0.001, 0.01, 0.1)),
     *_sweep("stc", "fraction", (0.01, 0.1)),
     ("sign", {}),
     *_sweep("codebook", "bits", (1, 2, 4)),
-    ("blockwise", {}),
-    *(("uniform", {"entropy": entropy}) for entropy in ("max", "fast", "packed")),
+    *(("blockwise", {"code": code}) for code in ("nf4", "fp4", "dynamic8")),
+    *(("uniform", {"entropy": entropy}) for entropy in ("max", "fast", "range", "packed")),
 ]
 
 
@@ -246,8 +247,8 @@ def measure(contestant: Contestant, vectors: sets.Vectors, seed: int) -> dict[st
         "bytes": size / n,
         "header_bytes": coded.header_bytes,
         "nmse": nmse,
-        "nmse_of_10": nmse / 10 * (1 + 9 * alike),
-        "nmse_of_100": nmse / 100 * (1 + 99 * alike),
+        "nmse_of_10": nmse / 10 * (1 + 9 * alike) if n >= 10 else None,
+        "nmse_of_100": nmse / 100 * (1 + 99 * alike) if n >= 100 else None,
         "bias": 1 + 99 * alike,
         "bias_error": 99 * uncertain,
         "unbiased": contestant.unbiased,
