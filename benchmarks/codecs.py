@@ -3,8 +3,9 @@
 Every codec encodes the vector of every client with a seed of its own. Bits are lengths of payloads,
 headers included, times 8 over d. Errors are normalised by the clients' mean power:
 `NMSE` is one client's `|y - x|^2 / |x|^2`, `of 10` and `of 100` that of the mean of so many clients
-against the mean of their vectors, over all choices of clients among those measured. `bias` is
-100 NMSE(100) / NMSE(1), with one standard error: 1 where errors average out, 100 where they do not.
+against the mean of their vectors, from the errors of all pairs of clients measured; empty where its
+standard error is above 5 %. `bias` is 100 NMSE(100) / NMSE(1), with one standard error: 1 where
+errors average out, 100 where they do not.
 `limit` is NMSE over what no code can beat at these bits on Gaussian vectors: `4^-R`, and
 `1/(4^R - 1)` for unbiased ones; other vectors have structure and allow less than 1. Speeds are MB
 of float32 per second of CPU, one thread, the best call. The vectors are those of `vectors.py`.
@@ -247,8 +248,8 @@ def measure(contestant: Contestant, vectors: sets.Vectors, seed: int) -> dict[st
         "bytes": size / n,
         "header_bytes": coded.header_bytes,
         "nmse": nmse,
-        "nmse_of_10": nmse / 10 * (1 + 9 * alike) if n >= 10 else None,
-        "nmse_of_100": nmse / 100 * (1 + 99 * alike) if n >= 100 else None,
+        "nmse_of_10": _mean_of(10, nmse, alike, uncertain),
+        "nmse_of_100": _mean_of(100, nmse, alike, uncertain),
         "bias": 1 + 99 * alike,
         "bias_error": 99 * uncertain,
         "unbiased": contestant.unbiased,
@@ -277,6 +278,12 @@ def _coherence(
         return 0.0, 0.0
     mean = (float(np.sum(total**2)) - power) / ((n - 1) * power)
     return mean, math.sqrt(2 * float(np.sum(squares**2))) / power / math.sqrt(n * (n - 1))
+
+
+def _mean_of(n: int, nmse: float, alike: float, uncertain: float) -> float | None:
+    """Return the NMSE of a mean of n clients, unless it is not known within 5 %."""
+    ratio = 1 + (n - 1) * alike
+    return nmse / n * ratio if (n - 1) * uncertain < 0.05 * ratio else None
 
 
 def limit(bits: float, unbiased: bool) -> float:
