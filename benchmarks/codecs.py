@@ -119,10 +119,10 @@ def main() -> None:
         for peer in _peers.start(stack, options, left_out):
             contestants += peers(peer)
         for name in options.vectors:
-            structured = name in ("sparse", "embedding")
-            # Errors on few coordinates average slowly: many seeds show what is bias.
-            seeds = options.clients * (50 if structured else 1)
-            vectors = sets.load(name, seeds, options.cache)
+            clients = options.clients
+            if name in ("sparse", "embedding") and not options.quick:
+                clients *= 50  # errors on few coordinates average slowly
+            vectors = sets.load(name, clients, options.cache)
             groups.append(_group(contestants, vectors, options.seed))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(groups, options.out / "codecs")
