@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -25,7 +28,8 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_all_are_found() -> None:
-    assert {"codecs", "engine", "main_job", "memory", "scale"} <= set(SCRIPTS)
+    names = {"codecs", "engine", "main_job", "memory", "scale", "tasks", "vectors"}
+    assert names <= set(SCRIPTS)
 
 
 @pytest.mark.slow
@@ -51,3 +55,34 @@ def test_help_says_what_is_measured(name: str) -> None:
     done = run(name, "--help")
     assert done.returncode == 0
     assert "--quick" in done.stdout
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The codec benchmark as a module; Python has a ``codecs`` of its own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("frontier", BENCHMARKS / "codecs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "frontier", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("bias", "least", "most"), [(0.0, 0.97, 1.03), (3.0, 80, 100)])
+def test_mean_of_all_clients_is_what_it_is(
+    frontier: ModuleType, bias: float, least: float, most: float
+) -> None:
+    errors = np.random.default_rng(0).standard_normal((100, 4000)) + bias
+    squares = np.square(errors)
+    alike, uncertain = frontier._coherence(errors.sum(axis=0), squares.sum(axis=0), 100)
+    one, mean = squares.sum() / 100, np.square(errors.mean(axis=0)).sum()
+    assert np.isclose(one / 100 * (1 + 99 * alike), mean)
+    assert least < 1 + 99 * alike < most
+    assert bias or abs(alike) < 4 * uncertain
+
+
+def test_limits_are_those_of_gaussian_vectors(frontier: ModuleType) -> None:
+    assert frontier.limit(1.0, unbiased=False) == 0.25
+    assert np.isclose(frontier.limit(1.0, unbiased=True), 1 / 3)
