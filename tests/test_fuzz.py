@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +15,7 @@ from tests import fuzz
 
 FOLDERS = sorted(path for path in fuzz.CORPUS.iterdir() if path.is_dir())
 MUTATIONS = 25
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -29,6 +35,37 @@ def test_every_example_is_in_the_corpus(name):
             assert path.exists(), "run python -m tests.fuzz --write"
             assert path.stat().st_size < 1000
             assert fuzz.check(data)
+
+
+_DIGEST = """
+import hashlib
+from fedq import codecs
+from fedq.errors import DecodeError
+from tests import fuzz
+digest = hashlib.sha256()
+for path in sorted(fuzz.CORPUS.glob("*/*")):
+    payload, layout, reference = fuzz.opened(path.read_bytes())
+    try:
+        digest.update(codecs.decode(payload, layout, reference=reference).tobytes())
+    except DecodeError:
+        digest.update(b"refused")
+print(digest.hexdigest())
+"""
+
+
+def test_kernels_decode_the_same_without_a_compiler():
+    digests = set()
+    for jit in ("on", "off"):
+        done = subprocess.run(
+            [sys.executable, "-c", _DIGEST],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "FEDQ_JIT": jit},
+        )
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 def test_mutations_reach_the_bodies():
