@@ -89,7 +89,7 @@ def idea(path: Path) -> None:
     _draw_dither(panels[0])
     _draw_trellis(panels[1])
     _draw_steps(panels[2])
-    with matplotlib.rc_context({"svg.hashsalt": "fedq"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
 
 

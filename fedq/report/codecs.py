@@ -161,7 +161,7 @@ def _save(figure: Figure, path: Path) -> Path:
     import matplotlib
 
     # A fixed salt and no date: the same figures give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "fedq"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
         if path.suffix == ".svg":
             figure.savefig(path, metadata={"Date": None})
         else:
@@ -234,7 +234,6 @@ def _points(axes: Axes, figures: Sequence[Figures], errors: dict[str, float | No
 
 def _label(axes: Axes, names: dict[tuple[str, bool], list[tuple[float, float]]]) -> None:
     """Write each name as near as possible to one of its points, over no point and no other name."""
-    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     legend = axes.get_legend()
@@ -252,11 +251,11 @@ def _label(axes: Axes, names: dict[tuple[str, bool], list[tuple[float, float]]])
             text = axes.annotate(
                 name, place, (dx, dy), textcoords="offset points", fontsize=8.5,
                 color=_KINDS[unbiased][0], va="center", parse_math=False, zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3},
                 ha="left" if dx > 1 else "right" if dx < -1 else "center",
                 arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 1,
                             "shrinkB": 4} if radius > 16 else None,
             )  # fmt: skip
-            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
             extent = text.get_window_extent().padded(1)
             inside = (
                 frame.x0 < extent.x0 and extent.x1 < frame.x1
