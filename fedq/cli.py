@@ -96,6 +96,40 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("overrides", nargs="*", metavar="OPTION=VALUE")
     simulate.set_defaults(run=_simulate)
 
+    codecs = commands.add_parser(
+        "codecs",
+        help="every codec on a real update: bytes, error, bias, speed",
+        description="Measure codecs on one client's real update, beside the Gaussian limits; write "
+        "a table, a picture and JSON.",
+        epilog="examples: fedq codecs --model mnist_cnn    "
+        "fedq codecs --codec uniform,'top_k fraction=0.1 inner=sign'",
+        allow_abbrev=False,
+    )
+    codecs.add_argument(
+        "--model", default="small_cnn", help="whose update, as NAME or 'NAME OPTION=VALUE ...'"
+    )
+    codecs.add_argument(
+        "--codec",
+        action="append",
+        default=[],
+        metavar="CODEC[,CODEC...]",
+        help="these alone, each as NAME or 'NAME OPTION=VALUE ...'",
+    )
+    codecs.add_argument("--all", action="store_true", help="all examples of each codec, not two")
+    codecs.add_argument("--plugin", action="append", default=[], metavar="FILE.py")
+    codecs.add_argument("--seed", type=int, default=0, help="of the update (default: 0)")
+    codecs.add_argument(
+        "--seconds",
+        type=float,
+        default=40.0,
+        help="for all codecs together (default: 40); fewer seeds are tried if they do not suffice",
+    )
+    codecs.add_argument(
+        "--json", action="store_true", help="machine-readable; no files but --out's"
+    )
+    codecs.add_argument("--out", type=Path, help="directory of picture and JSON (default: codecs)")
+    codecs.set_defaults(run=_codecs)
+
     report = commands.add_parser(
         "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
     )
@@ -211,6 +245,42 @@ def _simulate_one(overrides: list[str]) -> int:
         return INTERRUPTED
     console.print(report([path]))
     console.print(f"results in {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _codecs(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    if rest:
+        raise ConfigError(f"cannot use '{rest[0]}'; see fedq codecs --help")
+    if not options.seconds > 0:
+        raise ConfigError(f"--seconds must be positive, not {options.seconds:g}")
+    from rich.console import Console
+
+    from fedq import codec_report, config, progress
+    from fedq.report import codecs
+
+    config.load_plugins(options.plugin)
+    specs = [spec for text in options.codec for spec in text.split(",")]
+    chosen = [config.choice("codec", spec) for spec in specs]
+    chosen = chosen or list(codec_report.examples(every=options.all))
+    model = config.choice("model", options.model)
+
+    import torch
+
+    torch.set_num_threads(1)  # the update is a function of the seed
+    with progress.steps(Console(stderr=True)) as watch:
+        survey = codec_report.survey(
+            model, chosen, seed=options.seed, seconds=options.seconds, watch=watch
+        )
+    folder = options.out or (None if options.json else Path("codecs"))
+    written = [] if folder is None else codecs.write(survey, folder)
+    if options.json:
+        print(codecs.to_json(survey))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(codecs.codec_table(survey))
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
 

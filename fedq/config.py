@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -179,6 +180,20 @@ def load(overrides: Sequence[str] = ()) -> Experiment:
       4
     """
     return Experiment.from_config(compose_config(overrides))
+
+
+def choice(option: str, text: str) -> Any:
+    """Return the object that ``NAME OPTION=VALUE ...`` describes, as the option's overrides would.
+
+    Example:
+      >>> choice("codec", "uniform bits=4").bits
+      4
+    """
+    try:
+        name, *options = shlex.split(text)
+    except ValueError:
+        raise ConfigError(f"cannot read '{text}'; write NAME or 'NAME OPTION=VALUE ...'") from None
+    return getattr(load([f"{option}={name}", *(f"{option}.{item}" for item in options)]), option)
 
 
 def load_resumed(saved: Mapping[str, Any], overrides: Sequence[str]) -> Experiment:

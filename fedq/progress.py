@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,6 +129,31 @@ def watch(console: Console) -> Any:
         yield observe
 
     return live if console.is_terminal else plain
+
+
+@contextmanager
+def steps(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """Show what is being done, step by step, until the end of the context."""
+    if not console.is_terminal:
+
+        def say(done: int, total: int, what: str) -> None:
+            console.print(f"{done + 1}/{total}  {what}", soft_wrap=True, highlight=False)
+
+        yield say
+        return
+    with Progress(
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=what)
+
+        yield show
 
 
 def log_to(console: Console) -> None:

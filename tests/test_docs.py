@@ -145,3 +145,30 @@ def test_the_example_runs_as_a_plug_in(example: Path) -> None:
     summary = json.loads((example.parent / "run" / "summary.json").read_text())
     assert summary["codec"] == "stochastic_sign"
     assert 1 < summary["uplink_bits_per_parameter"] < 1.5
+
+
+# --- docs/codecs.md ------------------------------------------------------------------------------
+
+
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fedq_docs", REPOSITORY / "docs" / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_codecs_is_this_version_s() -> None:
+    page = (REPOSITORY / "docs" / "codecs.md").read_text()
+    assert maker().with_table(page) == page, "run python docs/make.py table"
+
+
+def test_the_table_has_every_codec() -> None:
+    names = re.findall(r"^\| `(\w+)` \|", maker().table(), re.MULTILINE)
+    assert names == available("codec")
+
+
+def test_the_idea_can_be_drawn(tmp_path: Path) -> None:
+    maker().idea(tmp_path / "idea.svg")
+    assert "<svg" in (tmp_path / "idea.svg").read_text()[:500]

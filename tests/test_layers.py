@@ -18,7 +18,10 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
-    "report": ("report doctor cli", "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend"),
+    "report": (
+        "report codec_report doctor cli",
+        "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend",
+    ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
     "learning": (
         "models quantization training accelerate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from fedq.layout import Layout, Vector
 Sharing = Literal["model", "tensor", "channel", "bucket"]
 
 Wide = NDArray[np.float64]
+
+_CUT = 1 << 14
 
 
 def group_sizes(layout: Layout, sharing: Sharing, bucket: int) -> NDArray[np.int64]:
@@ -64,6 +67,27 @@ def fractions(seed: int, count: int, purpose: str) -> Wide:
 def spread(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> Wide:
     """Return one float64 per coordinate, (d,), from one per group."""
     return np.repeat(values.astype(np.float64), sizes)
+
+
+def cuts(count: int) -> Iterator[slice]:
+    """Yield slices of a vector that are small enough for some float64 copies of each."""
+    for start in range(0, count, _CUT):
+        yield slice(start, min(start + _CUT, count))
+
+
+def pieces(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> Iterator[tuple[slice, Wide]]:
+    """Yield what :func:`spread` returns, in slices, which keeps a decoder's memory small.
+
+    >>> [(part.start, s.tolist()) for part, s in pieces(np.ones(2, "f4"), np.array([1, 2]))]
+    [(0, [1.0, 1.0, 1.0])]
+    """
+    ends = np.cumsum(sizes)
+    for part in cuts(int(sizes.sum())):
+        first, last = np.searchsorted(ends, [part.start, part.stop - 1], side="right")
+        inside = ends[first : last + 1]
+        low = np.maximum(inside - sizes[first : last + 1], part.start)
+        counts = np.minimum(inside, part.stop) - low
+        yield part, np.repeat(values[first : last + 1].astype(np.float64), counts)
 
 
 def floats_bytes(values: NDArray[np.float32]) -> bytes:

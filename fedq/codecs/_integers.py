@@ -62,7 +62,8 @@ def decode(
     size = packed_bytes(layout.size, bits)
     if entropy == "packed" or len(body) >= size:
         return unpack(body, layout.size, bits)
-    codes: Codes = _range.decode(body, _tensors(layout), side) + np.asarray(centre, np.int32)
+    codes: Codes = _range.decode(body, _tensors(layout), side)
+    codes += np.asarray(centre, np.int32)
     if codes.size and (codes.min() < 0 or codes.max() >= 1 << bits):
         raise DecodeError("a code is out of range")
     return codes

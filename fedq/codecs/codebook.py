@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from fedq import wire
 from fedq.codecs import _integers
 from fedq.codecs._bits import packed_bytes
-from fedq.codecs._groups import Wide, floats_bytes, fractions, group_sizes, read_floats
+from fedq.codecs._groups import (
+    Wide,
+    cuts,
+    floats_bytes,
+    fractions,
+    group_sizes,
+    read_floats,
+    starts,
+)
 from fedq.codecs._integers import Entropy
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
@@ -120,12 +128,14 @@ class Codebook(Codec):
         codes = _integers.decode(
             reader.rest(), layout, self.bits, entropy=self.entropy, centre=centre
         )
-        counts = np.array([book.size for book in books], np.int64)
-        if (codes >= np.repeat(counts, sizes)).any():
-            raise DecodeError("an index is beyond its codebook")
-        if not books:
-            return np.zeros(0, np.float32)
-        return np.concatenate(books)[codes + np.repeat(np.cumsum(counts) - counts, sizes)]
+        y = np.empty(layout.size, np.float32)
+        for start, size, book in zip(starts(sizes), sizes, books, strict=False):
+            part = slice(start, start + size)
+            if codes[part].max() >= book.size:
+                raise DecodeError("an index is beyond its codebook")
+            for cut in cuts(size):
+                y[part][cut] = book[codes[part][cut]]
+        return y
 
     def _fit(self, values: Wide) -> Book:
         """Return the levels of one group, strictly ascending float32."""

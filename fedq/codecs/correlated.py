@@ -17,6 +17,7 @@ from fedq.codecs._groups import (
     fractions,
     group_sizes,
     largest,
+    pieces,
     read_scales,
     spread,
     to_float32,
@@ -116,12 +117,14 @@ class Correlated(Codec):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         sizes = group_sizes(layout, self.scale, self.bucket)
         scales, body = read_scales(body, sizes.size)
-        m = spread(scales, sizes)
         first, step, centre = self._grid(layout.size, seed)
         codes = _integers.decode(body, layout, self._bits, entropy=self.entropy, centre=centre)
-        if (codes >= self.levels).any() or (codes != centre)[m == 0].any():
-            raise DecodeError("a code is out of range")
-        return to_float32(m * (2 * (first + codes * step) - 1))
+        y = np.empty(layout.size, np.float32)
+        for part, m in pieces(scales, sizes):
+            if (codes[part] >= self.levels).any() or (codes[part] != centre[part])[m == 0].any():
+                raise DecodeError("a code is out of range")
+            y[part] = to_float32(m * (2 * (first[part] + codes[part] * step) - 1))
+        return y
 
     def _grid(self, d: int, seed: int) -> tuple[Wide, float, NDArray[np.int32]]:
         """Return the first level, the step, and the level nearest zero: the same for a round."""

@@ -14,6 +14,7 @@ from fedq.codecs._groups import (
     fractions,
     group_sizes,
     largest,
+    pieces,
     read_scales,
     spread,
     to_float32,
@@ -115,7 +116,10 @@ class Log(Codec):
         scales, body = read_scales(body, sizes.size)
         top = self._top
         codes = _integers.decode(body, layout, self.bits, entropy=self.entropy, centre=top)
-        m, k = spread(scales, sizes), codes - top
-        if (k > top).any() or k[m == 0].any():
-            raise DecodeError("a code is out of range")
-        return to_float32(np.sign(k) * np.ldexp(m, np.abs(k) - top))
+        y = np.empty(layout.size, np.float32)
+        for part, m in pieces(scales, sizes):
+            k = codes[part] - top
+            if (k > top).any() or k[m == 0].any():
+                raise DecodeError("a code is out of range")
+            y[part] = to_float32(np.sign(k) * np.ldexp(m, np.abs(k) - top))
+        return y

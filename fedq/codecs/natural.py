@@ -8,7 +8,7 @@ import numpy as np
 
 from fedq.codecs import _integers
 from fedq.codecs._bits import packed_bytes
-from fedq.codecs._groups import fractions, to_float32
+from fedq.codecs._groups import cuts, fractions, to_float32
 from fedq.codecs._integers import Entropy
 from fedq.codecs.base import Codec
 from fedq.errors import DecodeError
@@ -90,5 +90,8 @@ class Natural(Codec):
             raise DecodeError("an exponent is out of range")
         if (least == 0) != (top < _LEAST):
             raise DecodeError("a zero vector has a largest exponent, or another one has none")
-        size = np.where(j > 0, np.ldexp(1.0, top + 1 - j), 0.0)
-        return to_float32(np.where(codes < _LEVELS, -size, size))
+        y = np.empty(layout.size, np.float32)
+        for part in cuts(layout.size):
+            size = np.where(j[part] > 0, np.ldexp(1.0, top + 1 - j[part]), 0.0)
+            y[part] = to_float32(np.where(codes[part] < _LEVELS, -size, size))
+        return y

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import random
-from fedq.codecs._groups import floats_bytes, read_floats, read_scales, to_float32
+from fedq.codecs._groups import cuts, floats_bytes, read_floats, read_scales, to_float32
 from fedq.codecs._product import accumulate
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
@@ -112,7 +112,9 @@ class PowerSgd(Codec):
                 raise DecodeError("a factor is out of range")
             across = np.ascontiguousarray(q.reshape(columns, self.rank).T)
             unit = _product(p.reshape(rows, self.rank), across)
-            y[tensor.slice] = to_float32(unit.reshape(-1) * np.float64(size))
+            flat, out = unit.reshape(-1), y[tensor.slice]
+            for part in cuts(tensor.size):
+                out[part] = to_float32(flat[part] * np.float64(size))
         if len(body):
             raise DecodeError(f"{len(body)} bytes too many")
         return y

@@ -13,6 +13,7 @@ from fedq.codecs._groups import (
     floats_bytes,
     fractions,
     group_sizes,
+    pieces,
     read_scales,
     spread,
     starts,
@@ -105,14 +106,17 @@ class Qsgd(Codec):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         sizes = group_sizes(layout, self.scale, self.bucket)
         norms, body = read_scales(body, sizes.size)
-        norm = spread(norms, sizes)
         if self.coding == "elias":
             k = _elias.decode(body, layout.size, self.levels)
         else:
-            k = _integers.decode(body, layout, self._bits, centre=self.levels) - self.levels
-        if (k > self.levels).any() or k[norm == 0].any():
-            raise DecodeError("a level is out of range")
-        return to_float32(k * norm / self.levels)
+            k = _integers.decode(body, layout, self._bits, centre=self.levels)
+            k -= self.levels
+        y = np.empty(layout.size, np.float32)
+        for part, norm in pieces(norms, sizes):
+            if (k[part] > self.levels).any() or k[part][norm == 0].any():
+                raise DecodeError("a level is out of range")
+            y[part] = to_float32(k[part] * norm / self.levels)
+        return y
 
 
 def _norms(x: Vector, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> Vector:

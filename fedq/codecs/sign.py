@@ -10,9 +10,9 @@ from fedq.codecs._groups import (
     floats_bytes,
     group_sizes,
     means,
+    pieces,
     read_scales,
     spread,
-    to_float32,
 )
 from fedq.codecs.base import Codec
 from fedq.errors import DecodeError
@@ -57,8 +57,10 @@ class Sign(Codec):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         sizes = group_sizes(layout, "tensor", 0)
         scales, body = read_scales(body, sizes.size)
-        mean = spread(scales, sizes)
         codes = _integers.decode(body, layout, 1)
-        if codes[mean == 0].any():
-            raise DecodeError("an all-zero tensor has a sign")
-        return to_float32(np.where(codes == 1, -mean, mean))
+        y = np.empty(layout.size, np.float32)
+        for part, mean in pieces(scales, sizes):
+            if codes[part][mean == 0].any():
+                raise DecodeError("an all-zero tensor has a sign")
+            y[part] = np.where(codes[part] == 1, -mean, mean)
+        return y

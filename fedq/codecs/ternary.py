@@ -13,10 +13,10 @@ from fedq.codecs._groups import (
     fractions,
     group_sizes,
     largest,
+    pieces,
     read_scales,
     spread,
     starts,
-    to_float32,
 )
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
@@ -82,8 +82,11 @@ class Ternary(Codec):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         sizes = group_sizes(layout, "tensor", 0)
         scales, body = read_scales(body, sizes.size)
-        s = spread(scales, sizes)
-        k = _integers.decode(body, layout, 2, centre=1) - 1
-        if (k > 1).any() or k[s == 0].any():
-            raise DecodeError("a code is out of range")
-        return to_float32(k * s)
+        codes = _integers.decode(body, layout, 2, centre=1)
+        y = np.empty(layout.size, np.float32)
+        for part, s in pieces(scales, sizes):
+            k = codes[part] - 1
+            if (k > 1).any() or k[s == 0].any():
+                raise DecodeError("a code is out of range")
+            y[part] = k * s
+        return y

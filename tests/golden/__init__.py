@@ -2,12 +2,14 @@
 
 One JSON file per codec and example holds the configuration, the layout, the input (little-endian
 float32, hexadecimal), the seed, the payload and the decoded vector. ``python -m tests.golden
---write`` writes missing files and refuses to change existing ones without ``--force``.
+--write`` writes missing files and refuses to change existing ones without ``--force``; ``--check``
+compares, without pytest, on machines that have Python, NumPy and little else (``aarch64.sh``).
 """
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,15 @@ def write(force: bool) -> int:
             path.write_text(text)
             print(f"wrote {path}")
     return kept
+
+
+def check() -> int:
+    """Encode and decode every golden vector; return how many differ, and print their names."""
+    files, different = sorted(FOLDER.glob("*/*.json")), 0
+    for path in files:
+        case = json.loads(path.read_text())
+        if golden_case(case["codec"]) != case:
+            print(f"{path.relative_to(FOLDER)} differs")
+            different += 1
+    print(f"{platform.machine()}: {len(files)} golden vectors, {different} differ")
+    return different
