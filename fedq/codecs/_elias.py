@@ -31,7 +31,7 @@ def get(bits, body, at):  # type: ignore[no-untyped-def]
     for _ in range(bits):
         value <<= 1
         if at >> 3 < body.size:
-            value |= body[at >> 3] >> (7 - (at & 7)) & 1
+            value |= int(body[at >> 3]) >> (7 - (at & 7)) & 1
         at += 1
     return value, at
 
