@@ -12,23 +12,21 @@ from fedq.codecs import _integers
 from fedq.codecs._bits import packed_bytes
 from fedq.codecs._groups import (
     Sharing,
-    Wide,
     floats_bytes,
-    fractions,
     group_sizes,
     largest,
     means,
     read_floats,
     read_scales,
-    spread,
     starts,
-    to_float32,
 )
 from fedq.codecs._integers import Entropy
 from fedq.codecs._range import SIDE_FLIP
+from fedq.codecs._uniform import dequantize, quantize
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
 from fedq.layout import Layout, Vector
+from fedq.random import words
 from fedq.registry import register
 
 
@@ -154,9 +152,7 @@ class Uniform(Codec):
             low = -high
             head = floats_bytes(high)
         grid = _Grid(self, low, high, sizes, seed)
-        t = (x - grid.offset) / grid.divisor + grid.zero
-        code = np.rint(t) if grid.u is None else np.floor(t + grid.u)
-        codes = np.clip(code, 0, grid.top).astype(np.int32)
+        codes = quantize(x, grid.words, *grid.levels)
         centre, side = grid.prediction(reference)
         return head + _integers.encode(
             codes, layout, self.bits, entropy=self.entropy, centre=centre, side=side
@@ -179,16 +175,11 @@ class Uniform(Codec):
         codes = _integers.decode(
             body, layout, self.bits, entropy=self.entropy, centre=centre, side=side
         )
-        if (codes > grid.top).any() or (codes[grid.step == 0] != grid.zero).any():
-            raise DecodeError("a code is out of range")
-        level = codes - float(grid.zero)
-        if grid.u is not None and self.rounding == "dithered":
-            level += 0.5 - grid.u
-        return to_float32(level * grid.step + grid.offset)
+        return dequantize(codes, grid.words if grid.dithered else None, *grid.levels)
 
 
 class _Grid:
-    """Step, offset and dither of every coordinate, (d,) float64; the same on both ends."""
+    """Levels of every group, and the random word of every coordinate; the same on both ends."""
 
     def __init__(
         self,
@@ -199,33 +190,42 @@ class _Grid:
         seed: int,
     ) -> None:
         half = (1 << codec.bits - 1) - 1
+        wide = high.astype(np.float64)
         if codec.symmetric and half:
-            self.zero, self.top = half, 2 * half
-            self.step = spread(high, sizes) / half
-            self.offset: Wide | float = 0.0
+            zero, top = half, 2 * half
+            step, offset = wide / half, np.zeros(sizes.size)
         else:
-            self.zero, self.top = 0, (1 << codec.bits) - 1
-            self.offset = spread(low, sizes)
-            self.step = (spread(high, sizes) - self.offset) / self.top
-        self.divisor = np.where(self.step > 0, self.step, 1.0)
+            zero, top = 0, (1 << codec.bits) - 1
+            offset = low.astype(np.float64)
+            step = (wide - offset) / top
+        self.levels = (sizes, offset, step, zero, top)
+        self.packed = codec.entropy == "packed"
         self.dithered = codec.rounding == "dithered"
-        self.u: Wide | None = None
+        self.words: NDArray[np.uint32] | None = None
         if codec.rounding != "nearest":
-            self.u = fractions(seed, self.step.size, codec.rounding)
+            self.words = words(seed, int(sizes.sum()), codec.rounding)
 
     def prediction(
         self, reference: Vector | None = None
-    ) -> tuple[NDArray[np.int32], NDArray[np.uint8] | None]:
-        """Return the code of a small ``x`` or of the reference, and what the dither says of it."""
+    ) -> tuple[int | NDArray[np.int32], NDArray[np.uint8] | None]:
+        """Return the code of a small ``x`` or of the reference, and what the dither says of it.
+
+        Packed codes have no use for it.
+        """
+        if self.packed:
+            return 0, None
+        sizes, offset, step, zero, top = self.levels
         expected = 0.0 if reference is None else reference
-        t = np.where(self.step > 0, (expected - self.offset) / self.divisor, 0.0) + self.zero
-        if not self.dithered or self.u is None:
-            return np.clip(np.rint(t), 0, self.top).astype(np.int32), None
-        t += self.u
+        divisor = np.repeat(np.where(step > 0, step, 1.0), sizes)
+        t = (expected - np.repeat(offset, sizes)) / divisor
+        t = np.where(np.repeat(step > 0, sizes), t, 0.0) + zero
+        if not self.dithered or self.words is None:
+            return np.clip(np.rint(t), 0, top).astype(np.int32), None
+        t += (self.words + 0.5) * 2.0**-32
         centre = np.floor(t)
         place = np.minimum((t - centre) * 1024, 1023)  # t - centre may round up to 1
         side = _side_table()[place.astype(np.int64)]
-        return np.clip(centre, 0, self.top).astype(np.int32), side
+        return np.clip(centre, 0, top).astype(np.int32), side
 
 
 @cache
