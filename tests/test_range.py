@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,12 +104,43 @@ def test_a_small_model_pays_little_for_learning():
     assert len(_range.encode(values, [(4800, 60), (60, 60), (140, 14)], 5000)) < 1.06 * entropy
 
 
+def test_without_a_compiler_the_bytes_are_the_same():
+    script = (
+        "import numpy as np; from fedq.codecs import _range\n"
+        "values = (np.arange(-60, 60) ** 3 // 4000).astype(np.int32)\n"
+        "side = (np.arange(120) % 32).astype(np.uint8)\n"
+        "body = _range.encode(values, [(90, 15), (30, 30)], 1000, side)\n"
+        "assert np.array_equal(_range.decode(body, [(90, 15), (30, 30)], side), values)\n"
+        "print(body.hex())"
+    )
+    bodies = {
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", script],
+            env=os.environ | {"NUMBA_DISABLE_JIT": off},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for off in "01"
+    }
+    assert len(bodies) == 1
+
+
+def test_compiled_coders_are_found_in_the_cache():
+    for coder, decoding in ((_range._encoder, False), (_range._decoder, True)):
+        kernel = getattr(coder, "py_func", coder)
+        assert [cell.cell_contents for cell in kernel.__closure__] == [decoding]
+
+
 def test_frozen_tables():
-    squash, stretch, reciprocal = _range._tables()
-    x = np.arange(-2047, 2048)
-    exact = 65536 / (1 + np.exp(-x / 256))
-    assert np.abs(squash[1:] - exact).max() <= 1
-    assert (np.diff(squash) >= 0).all()
-    assert (np.diff(stretch) >= 0).all()
-    assert np.abs(squash[stretch[40:-40] + 2048] / 16 - np.arange(40, 4056)).max() < 6
-    assert reciprocal[0] == 43690
+    squash, rates, levels, classes, strengths = (t.astype(np.int64) for t in _range._tables())
+    exact = 65536 / (1 + np.exp(-np.arange(-704, 705) / 64))
+    assert np.abs(squash - exact).max() < 0.51
+    assert np.array_equal(squash + squash[::-1], np.full(1409, 65536))
+    assert squash.min() == 1
+    assert rates[0] == 8192
+    assert rates[-1] == 512
+    assert np.array_equal(levels[:255], np.floor(8192 * np.log2(1 + np.arange(255))))
+    assert classes[levels >> 4].tolist() == sorted(classes[levels >> 4])
+    assert classes.max() == 15
+    assert strengths[[0, 2, 3, 400, 401]].tolist() == [0, 0, 1, 6, 7]

@@ -3,16 +3,19 @@
 An integer is a short string of binary decisions: is it zero, which sign, is the magnitude above 1,
 2, ... (unary), and from 12 on an Exp-Golomb code. Each decision has five contexts drawn from what
 both ends know already: running magnitudes of the column above and of the row to the left, nearest
-neighbours, the tensor, the caller's side information, and a prediction. The prediction is rank one,
-as gradients of a few samples are nearly (row ~ slope x running column factor). Each context keeps
-an adaptive probability; a small online logistic mixer joins the five (Mahoney 2005, "Adaptive
-weighing of context models for lossless data compression"). The result drives a carry-propagating
-32-bit range coder (Martin 1979; the byte-wise form of LZMA). One function codes both ways, so that
-encoder and decoder cannot drift apart, and no floating-point number is involved, so that every
-machine writes the same bytes.
+neighbours, the caller's side information, and a prediction. The prediction is rank one, as
+gradients of a few samples are nearly (row ~ slope x running column factor). Each context keeps a
+bias; the logit of a decision is the sum of its five, and a step of gradient descent on the code
+length corrects all five at once (online logistic regression; Mahoney 2005, "Adaptive weighing of
+context models for lossless data compression", mixes probabilities by the same rule). The nth step
+of a bias has the rate 6 / (n + 12), and 1 / 32 from n = 180 on.
 
-Rows and columns start anew with each tensor; probabilities are learned over the whole model, so
-that a small tensor costs nothing extra.
+The result drives a carry-propagating range coder (Martin 1979) with an interval of 48 bits that
+moves 16 at a time. One function codes both ways, so that encoder and decoder cannot drift apart,
+and no floating-point number is involved, so that every machine writes the same bytes.
+
+Rows and columns start anew with each tensor; biases are learned over the whole model, so that a
+small tensor costs nothing extra.
 
 Every sequence of integers has exactly one code: the last interval is named by its roundest number,
 trailing zero bytes are dropped, and the decoder checks both. Reads past the end give zeros.
@@ -28,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq.errors import DecodeError
-from fedq.jit import jit
+from fedq.jit import inline, jit
 
 Integers = NDArray[np.int32]
 
@@ -43,317 +46,340 @@ SKIP = 128
 
 _UNARY = 12  # magnitudes from here on are escaped
 _MAX_PREFIX = 24
-_CLASSES = 16  # of a running magnitude
-_TENSORS = 64  # told apart by the model; later ones share
-# Decisions, as rows of the weight table.
-_ZERO, _SIGN, _ABOVE = 0, 1, 1  # _ABOVE + k: is the magnitude above k, k = 1 ... _UNARY - 1
-_PREFIX = _ABOVE + _UNARY
-_MANTISSA = _PREFIX + _MAX_PREFIX + 1
-_DECISIONS = _MANTISSA + _MAX_PREFIX + 1
-_SLOTS = 4096  # of each context; every kind of decision has its own range among them
-_INPUTS = 5
+_CLASSES = 16  # of a running level
+# Decisions. Zero and sign have five contexts of up to 256 values, the others of up to 64.
+_WIDE, _NARROW = 256, 64
+_ZERO, _SIGN, _ABOVE = 0, 5 * _WIDE, 10 * _WIDE
+_PREFIX = _ABOVE + 5 * _NARROW * _UNARY
+_MANTISSA = _PREFIX + 5 * _NARROW * (_MAX_PREFIX + 1)
+_SLOTS = _MANTISSA + 5 * _NARROW * (_MAX_PREFIX + 1)
 
-# State of the range coder, an int64 array.
-_LOW, _RANGE, _CODE, _AT, _CACHE, _PENDING = range(6)
-_TOP, _MASK = 1 << 24, (1 << 32) - 1
-
-_PROBABILITY_BITS = 16
-_HALF = 1 << 15
-_LIMIT = 127  # of a slot's count: adaptation slows to 1 / (_LIMIT + 1.5)
-_RATE = 10  # of the mixer
-_ROUND = 1 << 17
+# A slot holds a bias in 2**-24 and, in its low byte, how often it was used: the count is too small
+# to matter to the sum.
+_COUNT, _SETTLED = 255, 180
+_SPAN = 1 << 47  # of the interval at first; it moves by 16 bits when 2**16 times smaller
+_DOMAIN = 704  # logits are clipped to +-_DOMAIN / 64
+_LEVEL_TOP = (1 << 16) - 1
+#: Levels (see _tables) up to which a running level belongs to class 0, 1, ...
+_CLASS_BOUNDS = (
+    *(100, 320, 770, 1540, 2800, 4800, 7700, 11_000),
+    *(15_500, 22_000, 30_000, 38_000, 46_000, 54_000, 62_000),
+)
+#: Predicted magnitudes, 8 fractional bits, up to which a prediction has strength 0, 1, ...
+_STRENGTH_BOUNDS = (2, 8, 20, 48, 100, 200, 400)
+_STRONGEST = 511
 _CAP = 63  # on magnitudes that predict signs
-_PRIOR = 1 << 18  # shrinks predictions while a row is short
-_MEMORY = 3
-_DOMAIN = 2047  # logits are clipped to +-_DOMAIN / 256
+_PRIOR = 1 << 15  # shrinks predictions while a row is short
+_SLOPE = 1 << 14  # at most, 16 fractional bits
+# A column's running level and factor are means at first, and then forget at these rates, 2**-16.
+_LEVEL_RATE, _FACTOR_RATE = 1024, 2731
 
 
 @cache
-def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return squash, stretch and reciprocals, computed with integers only.
+def _tables() -> tuple[NDArray[Any], ...]:
+    """Return squash, rates, levels, classes and strengths, computed with integers only.
 
-    ``squash[x + 2048] = 2**16 / (1 + exp(-x / 256))``; ``stretch[p >> 4]`` is its inverse;
-    ``reciprocal[n] = 2**16 / (n + 1.5)``.
+    ``squash[x + 704] = 2**16 / (1 + exp(-x / 64))``; ``rates[n] = 2**14 * 6 / (n + 12)``;
+    ``levels[m] = 2**13 log2(1 + m)``; ``classes[level >> 4]``; ``strengths[predicted]``.
     """
     one = 1 << 128
-    root, term = 0, one  # exp(1 / 256) by its series
-    for k in range(1, 24):
+    root, term = 0, one  # exp(1 / 64) by its series
+    for k in range(1, 30):
         root += term
-        term //= 256 * k
+        term //= 64 * k
     power, upper = one, []
-    for _ in range(2048):
-        upper.append((power << _PROBABILITY_BITS) // (power + one))
+    for _ in range(_DOMAIN + 1):
+        upper.append(((power << 17) + power + one) // (2 * (power + one)))
         power = power * root >> 128
-    whole = 1 << _PROBABILITY_BITS
-    squash = [whole - upper[min(-x, 2047)] if x < 0 else upper[x] for x in range(-2048, 2048)]
-    stretch, x = [], 0
-    for p in range(4096):
-        while x < 4095 and squash[x] < p * 16 + 8:
-            x += 1
-        stretch.append(min(max(x - 2048, -_DOMAIN), _DOMAIN))
-    reciprocal = [2 * whole // (2 * n + 3) for n in range(_LIMIT + 1)]
-    return tuple(np.array(t, np.int64) for t in (squash, stretch, reciprocal))  # type: ignore[return-value]
+    squash = [(1 << 16) - p for p in upper[:0:-1]] + upper
+    rates = [(6 << 14) // (n + 12) for n in range(_SETTLED + 1)]
+    levels = [min(((1 + m) ** 8192).bit_length() - 1, _LEVEL_TOP) for m in range(256)]
+    classes = np.searchsorted(_CLASS_BOUNDS, np.arange(0, _LEVEL_TOP, 16))
+    strengths = np.searchsorted(_STRENGTH_BOUNDS, np.arange(_STRONGEST + 1))
+    return (
+        np.array(squash, np.uint16),
+        np.array(rates, np.int16),
+        np.array(levels, np.uint16),
+        classes.astype(np.uint8),
+        strengths.astype(np.uint8),
+    )
 
 
-@jit
-def _shift(state, buffer):  # type: ignore[no-untyped-def]
-    """Move the top byte of ``low`` out, after any carry; bytes beyond the buffer only count."""
-    low = state[_LOW]
-    if low < 0xFF000000 or low > _MASK:
-        carry = low >> 32
-        byte = state[_CACHE] + carry
-        while state[_PENDING] > 0:
-            if 0 <= state[_AT] < buffer.size:
-                buffer[state[_AT]] = byte & 255
-            state[_AT] += 1
-            state[_PENDING] -= 1
-            byte = 255 + carry
-        state[_CACHE] = (low >> 24) & 255
-    state[_PENDING] += 1
-    state[_LOW] = (low & 0x00FFFFFF) << 8
+# Kernels. All are compiled into their caller, and arrays are touched in straight lines, the renewal
+# of the interval last: across branches Numba would count references at every decision.
 
 
-@jit
-def _narrow(bit, bound, state, buffer, decoding):  # type: ignore[no-untyped-def]
-    """Code one decision whose interval for 1 is the lower ``bound`` of the range."""
+@inline
+def _split(bit, bound, state, decoding):  # type: ignore[no-untyped-def]
+    """Code one decision whose interval for 1 is the lower ``bound`` of the span.
+
+    The state is (low, span, at). ``low`` is the lower end of the interval; for a decoder, how far
+    the code lies above it.
+    """
+    low, span, at = state
     if decoding:
-        bit = 1 if state[_CODE] < bound else 0
+        bit = 1 if low < bound else 0
     if bit:
-        state[_RANGE] = bound
+        span = bound
     else:
-        state[_LOW] += bound
-        state[_RANGE] -= bound
-        state[_CODE] -= bound
-    while state[_RANGE] < _TOP:
-        state[_RANGE] <<= 8
+        span -= bound
+        low += -bound if decoding else bound
+    return bit, (low, span, at)
+
+
+@inline
+def _renew(state, buffer, decoding):  # type: ignore[no-untyped-def]
+    """Move 16 bits out or in if the span is small; bits beyond the buffer only count."""
+    low, span, at = state
+    if span < _SPAN >> 16:
+        span <<= 16
         if decoding:
-            at = state[_AT]
-            byte = np.int64(buffer[at]) if at < buffer.size else 0
-            state[_CODE] = (state[_CODE] << 8) | byte
-            state[_AT] = at + 1
-            state[_LOW] = (state[_LOW] << 8) & _MASK
+            low <<= 16
+            if at < buffer.size:
+                low |= int(buffer[at]) << 8 | int(buffer[at + 1])
         else:
-            _shift(state, buffer)
-    return bit
+            if low >> 48 and at <= buffer.size:
+                carry = at - 1
+                while buffer[carry] == 255:
+                    buffer[carry] = 0
+                    carry -= 1
+                buffer[carry] += 1
+            if at < buffer.size:
+                buffer[at] = (low >> 40) & 255
+                buffer[at + 1] = (low >> 32) & 255
+            low = (low & 0xFFFFFFFF) << 16
+        at += 2
+    return low, span, at
+
+
+@inline
+def _learned(bias, error, rates):  # type: ignore[no-untyped-def]
+    """Return the slot one step against the gradient of the code length later, and count it."""
+    count = bias & _COUNT
+    step = (error * int(rates[count]) >> 6) & ~_COUNT
+    return bias + step + (1 if count < _SETTLED else 0)
+
+
+@inline
+def _decide(bit, a, b, c, d, e, state, buffer, model, decoding):  # type: ignore[no-untyped-def]
+    """Code one decision in the contexts of slots a to e, and learn from it."""
+    slots, squash, rates = model
+    bias_a, bias_b, bias_c = int(slots[a]), int(slots[b]), int(slots[c])
+    bias_d, bias_e = int(slots[d]), int(slots[e])
+    logit = (bias_a + bias_b + bias_c + bias_d + bias_e) >> 18
+    p = int(squash[min(max(logit, -_DOMAIN), _DOMAIN) + _DOMAIN])
+    bit, state = _split(bit, state[1] * p >> 16, state, decoding)
+    error = (bit << 16) - p
+    slots[a] = _learned(bias_a, error, rates)
+    slots[b] = _learned(bias_b, error, rates)
+    slots[c] = _learned(bias_c, error, rates)
+    slots[d] = _learned(bias_d, error, rates)
+    slots[e] = _learned(bias_e, error, rates)
+    return bit, _renew(state, buffer, decoding)
+
+
+@inline
+def _sign(value):  # type: ignore[no-untyped-def]
+    """Return -1, 0 or 1."""
+    return (1 if value > 0 else 0) - (1 if value < 0 else 0)
 
 
 @jit
-def _decide(bit, row, a, b, c, d, e, coder):  # type: ignore[no-untyped-def]
-    """Code one decision in contexts a to e, and learn from it."""
-    probability, count, weight, squash, stretch, reciprocal, state, buffer, decoding = coder
-    xa = stretch[probability[0, a] >> 4]
-    xb = stretch[probability[1, b] >> 4]
-    xc = stretch[probability[2, c] >> 4]
-    xd = stretch[probability[3, d] >> 4]
-    xe = stretch[probability[4, e] >> 4]
-    w = weight[row]
-    logit = (w[0] * xa + w[1] * xb + w[2] * xc + w[3] * xd + w[4] * xe) >> 16
-    logit = min(max(logit, -_DOMAIN), _DOMAIN)
-    p = squash[logit + 2048]
-    bit = _narrow(bit, (state[_RANGE] >> 16) * p, state, buffer, decoding)
-    target = bit << 16
-    error = (target - p) * _RATE
-    w[0] += (xa * error + _ROUND) >> 18
-    w[1] += (xb * error + _ROUND) >> 18
-    w[2] += (xc * error + _ROUND) >> 18
-    w[3] += (xd * error + _ROUND) >> 18
-    w[4] += (xe * error + _ROUND) >> 18
-    for i, slot in ((0, a), (1, b), (2, c), (3, d), (4, e)):
-        n = count[i, slot]
-        old = probability[i, slot]
-        probability[i, slot] = old + (((target - old) * reciprocal[n]) >> 16)
-        if n < _LIMIT:
-            count[i, slot] = n + 1
-    return bit
-
-
-@jit
-def _class(magnitude):  # type: ignore[no-untyped-def]
-    """Quantise a running magnitude (8 fractional bits) to 0 ... _CLASSES - 1."""
-    for i, bound in enumerate(
-        (3, 10, 24, 48, 88, 150, 240, 400, 700, 1400, 3000, 6000, 12000, 24000, 48000)
-    ):
-        if magnitude <= bound:
-            return i
-    return _CLASSES - 1
-
-
-@jit
-def _strength(magnitude):  # type: ignore[no-untyped-def]
-    """Quantise a predicted magnitude (8 fractional bits) to 0 ... 7."""
-    for i, bound in enumerate((2, 8, 20, 48, 100, 200, 400)):
-        if magnitude <= bound:
-            return i
-    return 7
-
-
-@jit
-def _escape(rest, c1, c2, cm, strength, coder):  # type: ignore[no-untyped-def]
+def _escape(rest, c1, c2, strength, near, state, buffer, model, decoding):  # type: ignore[no-untyped-def]
     """Code ``rest >= 1`` in Exp-Golomb form; return it, or 0 for a form no encoder writes."""
     prefix = 0
-    while _decide(
-        1 if rest >> (prefix + 1) else 0,
-        _PREFIX + prefix,
-        1024 + prefix * _CLASSES + c1,
-        1024 + prefix * _CLASSES + c2,
-        2048 + prefix * _CLASSES + cm,
-        1920 + prefix,
-        1024 + prefix * 8 + strength,
-        coder,
-    ):
+    while True:
+        a = _PREFIX + 5 * _NARROW * prefix
+        more, state = _decide(
+            1 if rest >> (prefix + 1) else 0,
+            a + c1,
+            a + _NARROW + c2,
+            a + 2 * _NARROW + strength,
+            a + 3 * _NARROW,
+            a + 4 * _NARROW + near,
+            state,
+            buffer,
+            model,
+            decoding,
+        )
+        if not more:
+            break
         prefix += 1
         if prefix > _MAX_PREFIX:
-            return 0
+            return 0, state
     number = 1
-    for place in range(prefix - 1, -1, -1):
-        bit = (rest >> place) & 1
-        if place == prefix - 1:
-            bit = _decide(
-                bit,
-                _MANTISSA + prefix,
-                2048 + prefix * _CLASSES + c1,
-                2048 + prefix * _CLASSES + c2,
-                3072 + prefix * _CLASSES + cm,
-                2048 + prefix,
-                2048 + prefix * 8 + strength,
-                coder,
-            )
-        else:
-            state, buffer, decoding = coder[-3:]
-            bit = _narrow(bit, state[_RANGE] >> 1, state, buffer, decoding)
-        number = (number << 1) | bit
-    return number
+    if prefix:
+        a = _MANTISSA + 5 * _NARROW * prefix
+        bit, state = _decide(
+            (rest >> (prefix - 1)) & 1,
+            a + c1,
+            a + _NARROW + c2,
+            a + 2 * _NARROW + strength,
+            a + 3 * _NARROW,
+            a + 4 * _NARROW + near,
+            state,
+            buffer,
+            model,
+            decoding,
+        )
+        number = 2 | bit
+    for place in range(prefix - 2, -1, -1):
+        bit, state = _split((rest >> place) & 1, state[1] >> 1, state, decoding)
+        state = _renew(state, buffer, decoding)
+        number = number << 1 | bit
+    return number, state
 
 
-@jit
-def _align(values, side, table, factor, start, inner):  # type: ignore[no-untyped-def]
-    """Move the column factor towards a finished row, mirrored if that row opposes it."""
-    align = -1 if inner < 0 else 1
-    for column in range(factor.size):
-        if side.size and table[0, side[start + column]] & SKIP:
-            continue
-        aligned = min(max(values[start + column], -_CAP), _CAP) * align << 8
-        factor[column] += (aligned - factor[column]) >> _MEMORY
+def _coder(decoding: bool) -> Any:
+    """Compile the function that codes all tensors, as an encoder or as a decoder.
+
+    It may close over nothing else: Numba does not find a function that closes over another in its
+    cache.
+    """
+
+    @jit
+    def run(values, side, table, trellis, sizes, columns, state, buffer, model, tables):  # type: ignore[no-untyped-def]
+        """Code all tensors; return the state at the end and whether all escapes were sound."""
+        levels, classes, strengths = tables
+        n = 0
+        node = 0  # of the trellis
+        fast, slow = 0, 0  # running levels to the left
+        for t in range(sizes.size):
+            width = columns[t]
+            above = np.zeros(width, np.uint16)  # running levels of the columns
+            factor = np.zeros(width, np.int16)  # running signed columns, rows aligned
+            last = np.zeros(width, np.int8)  # the row above, capped
+            for row in range((sizes[t] + width - 1) // width):
+                start, stop = n, n + min(width, sizes[t] - row * width)
+                mean = (1 << 17) // (2 * row + 3)
+                level_rate, factor_rate = max(mean, _LEVEL_RATE), max(mean, _FACTOR_RATE)
+                inner, norm, slope = 0, 0, 0  # <row, factor>, |factor|^2 so far, their quotient
+                left, left2, upleft = 0, 0, 0
+                for j in range(stop - start):
+                    known = int(table[node & 1, side[n]]) if side.size else 0
+                    if known & SKIP:
+                        last[j] = 0
+                        left, left2, upleft = 0, left, 0
+                        n += 1
+                        continue
+                    bin_ = known & (SIDE_BINS - 1)
+                    flip = -1 if known & SIDE_FLIP else 1
+                    c3 = int(classes[slow >> 4])
+                    c2 = int(classes[(fast + slow) >> 5])
+                    c1 = int(classes[above[j] >> 4]) if row else c2
+                    cm = (c1 + c2 + 1) >> 1
+                    up, weight = int(last[j]), int(factor[j])
+                    near = (min(abs(left), 3) * 4 + min(abs(up), 3)) * 4 + min(abs(left2), 3)
+                    if j & 3 == 0:
+                        slope = min(max((inner << 16) // (norm + _PRIOR), -_SLOPE), _SLOPE)
+                    guess = (slope * weight >> 8) * flip
+                    strength = int(strengths[min(abs(guess), _STRONGEST)])
+                    lean = strength * 2 + (1 if guess > 0 else 0)
+
+                    v = 0 if decoding else int(values[n])
+                    m = abs(v)
+                    zero, state = _decide(
+                        1 if m == 0 else 0,
+                        _ZERO + c1 * _CLASSES + c2,
+                        _ZERO + _WIDE + cm * SIDE_BINS + bin_,
+                        _ZERO + 2 * _WIDE + near,
+                        _ZERO + 3 * _WIDE + c3,
+                        _ZERO + 4 * _WIDE + lean * 4 + (bin_ >> 2),
+                        state,
+                        buffer,
+                        model,
+                        decoding,
+                    )
+                    if not zero:
+                        signs = (_sign(left) * 3 + _sign(up)) * 3 + _sign(upleft)
+                        opposite, state = _decide(
+                            1 if v * flip < 0 else 0,
+                            _SIGN + cm * SIDE_BINS + bin_,
+                            _SIGN + _WIDE + 13 + signs * flip,
+                            _SIGN + 2 * _WIDE + lean,
+                            _SIGN + 3 * _WIDE + near,
+                            _SIGN + 4 * _WIDE + lean * SIDE_BINS + bin_,
+                            state,
+                            buffer,
+                            model,
+                            decoding,
+                        )
+                        agree = strength * 2 + (1 if (guess > 0) != (opposite == 1) else 0)
+                        k = 1
+                        while k < _UNARY:
+                            a = _ABOVE + 5 * _NARROW * k
+                            more, state = _decide(
+                                1 if m > k else 0,
+                                a + c1,
+                                a + _NARROW + c2,
+                                a + 2 * _NARROW + agree,
+                                a + 3 * _NARROW + bin_,
+                                a + 4 * _NARROW + near,
+                                state,
+                                buffer,
+                                model,
+                                decoding,
+                            )
+                            if not more:
+                                break
+                            k += 1
+                        if k == _UNARY:
+                            rest, state = _escape(
+                                m - _UNARY + 1,
+                                c1,
+                                c2,
+                                strength,
+                                near,
+                                state,
+                                buffer,
+                                model,
+                                decoding,
+                            )
+                            if rest == 0:
+                                return state, False
+                            k = rest + _UNARY - 1
+                        m = k
+                        v = -m * flip if opposite else m * flip
+                        if decoding:
+                            values[n] = v
+
+                    if trellis.size:
+                        odd = known & (ODD_ABOVE if v > 0 else ODD_BELOW)
+                        node = trellis[node, (v + (1 if odd else 0)) & 1]
+                    level = int(levels[min(m, levels.size - 1)])
+                    above[j] = int(above[j]) + ((level - int(above[j])) * level_rate >> 16)
+                    fast += (level - fast) >> 3
+                    slow += (level - slow) >> 6
+                    capped = min(max(v, -_CAP), _CAP)
+                    inner += capped * weight
+                    norm += weight * weight
+                    last[j] = capped
+                    left, left2, upleft = v, left, up
+                    n += 1
+                align = -256 if inner < 0 else 256
+                for j in range(stop - start):
+                    if side.size and table[0, side[start + j]] & SKIP:
+                        continue
+                    weight = int(factor[j])
+                    factor[j] = weight + ((int(last[j]) * align - weight) * factor_rate >> 16)
+        return state, True
+
+    return run
 
 
-@jit
-def _run(values, side, table, trellis, sizes, columns, coder):  # type: ignore[no-untyped-def]
-    """Code all tensors; return 0, or 1 for an escape that no encoder writes."""
-    decoding = coder[-1]
-    n = 0
-    state = 0
-    fast, slow = 0, 0  # running magnitudes to the left; all have 8 fractional bits
-    for t in range(sizes.size):
-        width = columns[t]
-        above = np.zeros(width, np.int64)  # running magnitudes of the columns
-        factor = np.zeros(width, np.int64)  # running signed columns, rows aligned
-        inner, norm = 0, 0  # <row, factor>, |factor|^2 so far in this row
-        tensor = min(t, _TENSORS - 1)
-        for i in range(sizes[t]):
-            j = i % width
-            c2 = _class((fast + slow) >> 1)
-            c1 = _class(above[j]) if i >= width else c2
-            cm = (c1 + c2 + 1) >> 1
-            known = np.int64(table[state & 1, side[n]]) if side.size else 0
-            if known & SKIP:
-                if decoding:
-                    values[n] = 0
-                n += 1
-                if j == width - 1:
-                    _align(values, side, table, factor, n - width, inner)
-                    inner, norm = 0, 0
-                continue
-            bin_ = known & (SIDE_BINS - 1)
-            f = -1 if known & SIDE_FLIP else 1
-            left = values[n - 1] if j > 0 else 0
-            left2 = values[n - 2] if j > 1 else 0
-            up = values[n - width] if i >= width else 0
-            upleft = values[n - width - 1] if i >= width and j > 0 else 0
-            near = (min(abs(left), 3) * 4 + min(abs(up), 3)) * 4 + min(abs(left2), 3)
-            slope = min(max((inner << 16) // (norm + _PRIOR), -(1 << 14)), 1 << 14)
-            guess = ((slope * factor[j]) >> 8) * f
-            strength = _strength(abs(guess))
-            lean = strength * 2 + (1 if guess > 0 else 0)
-
-            v: int = 0 if decoding else values[n]
-            m: int = abs(v)
-            if _decide(
-                1 if m == 0 else 0,
-                _ZERO,
-                c1 * _CLASSES + c2,
-                cm * SIDE_BINS + bin_,
-                near * 4 + (bin_ >> 2),
-                tensor * SIDE_BINS + bin_,
-                lean * SIDE_BINS + bin_,
-                coder,
-            ):
-                m = 0
-            else:
-                signs = ((np.sign(left) * f + 1) * 3 + np.sign(up) * f + 1) * 3
-                signs += np.sign(upleft) * f + 1
-                opposite = _decide(
-                    1 if v * f < 0 else 0,
-                    _SIGN,
-                    256 + bin_,
-                    256 + cm * SIDE_BINS + bin_,
-                    256 + signs * 4 + (bin_ >> 2),
-                    1024 + tensor,
-                    256 + lean * SIDE_BINS + bin_,
-                    coder,
-                )
-                agree = strength * 2 + (1 if (guess > 0) != (opposite == 1) else 0)
-                k = 1
-                while k < _UNARY and _decide(
-                    1 if m > k else 0,
-                    _ABOVE + k,
-                    512 + k * _CLASSES + c1,
-                    512 + k * _CLASSES + c2,
-                    512 + (k * _CLASSES + cm) * 4 + (bin_ >> 2),
-                    1088 + tensor * _UNARY + k,
-                    512 + k * 16 + agree,
-                    coder,
-                ):
-                    k += 1
-                if k == _UNARY:
-                    rest = _escape(m - _UNARY + 1, c1, c2, cm, strength, coder)
-                    if rest == 0:
-                        return 1
-                    k = rest + _UNARY - 1
-                m = k
-                v = -m * f if opposite else m * f
-                if decoding:
-                    values[n] = v
-
-            odd = (known >> 6) & 1 if v > 0 else (known >> 5) & 1
-            state = trellis[state, (v + odd) & 1]
-            size = min(m, 1 << 12) << 8
-            if i >= width:
-                above[j] += (size - above[j]) >> 3
-            else:
-                above[j] = (size + fast + slow) // 3
-            fast += (size - fast) >> 2
-            slow += (size - slow) >> 5
-            inner += min(max(v, -_CAP), _CAP) * factor[j]
-            norm += factor[j] * factor[j]
-            n += 1
-            if j == width - 1:
-                _align(values, side, table, factor, n - width, inner)
-                inner, norm = 0, 0
-    return 0
+_encoder, _decoder = _coder(False), _coder(True)
 
 
 def _model() -> tuple[NDArray[Any], ...]:
-    probability = np.full((_INPUTS, _SLOTS), _HALF, np.int64)
-    count = np.zeros((_INPUTS, _SLOTS), np.int64)
-    weight = np.full((_DECISIONS, _INPUTS), 16000, np.int64)
-    return (probability, count, weight, *_tables())
+    """Return the slots of a coder that has seen nothing, squash and rates."""
+    return np.zeros(_SLOTS, np.int64), *_tables()[:2]
 
 
-def _roundest(low: int, width: int) -> int:
-    """Return the number in [low, low + width) with the most trailing zero bits."""
-    for bits in range(32, 0, -1):
+def _roundest(low: int, span: int) -> int:
+    """Return the number in [low, low + span) with the most trailing zero bits."""
+    for bits in range(48, 0, -1):
         number = -(-low >> bits) << bits
-        if number < low + width:
+        if number < low + span:
             return number
     return low
 
@@ -366,7 +392,7 @@ def _geometry(tensors: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], ND
 
 _NO_SIDE = np.zeros(0, np.uint8)
 _IDENTITY = np.arange(256, dtype=np.uint8)[None]
-_STILL = np.zeros((1, 2), np.int64)
+_NO_TRELLIS = np.zeros((0, 2), np.int64)
 
 
 def encode(
@@ -393,19 +419,25 @@ def encode(
       >>> len(encode(np.zeros(10_000, np.int32), [(10_000, 100)], limit=100))
       0
     """
-    sizes, columns = _geometry(tensors)
-    state = np.array([0, _MASK, 0, -1, 0, 1], np.int64)
-    buffer = np.zeros(limit + 8, np.uint8)
+    buffer = np.zeros(limit + 2 & ~1, np.uint8)
     side = _NO_SIDE if side is None else side
     table = _IDENTITY if table is None else table
-    trellis = _STILL if trellis is None else trellis
-    _run(values, side, table, trellis, sizes, columns, (*_model(), state, buffer, False))
-    state[_LOW] = _roundest(int(state[_LOW]), int(state[_RANGE]))
-    for _ in range(5):
-        _shift(state, buffer)
-    if state[_AT] > buffer.size:
+    trellis = _NO_TRELLIS if trellis is None else trellis
+    (low, span, at), _ = _encoder(
+        values,
+        side,
+        table,
+        trellis,
+        *_geometry(tensors),
+        (0, _SPAN, 0),
+        buffer,
+        _model(),
+        _tables()[2:],
+    )
+    if at > buffer.size:
         return None
-    body = buffer[: state[_AT]].tobytes().rstrip(b"\0")
+    code = (int.from_bytes(buffer[:at].tobytes(), "big") << 48) + _roundest(low, span)
+    body = code.to_bytes(at + 6, "big").rstrip(b"\0")
     return body if len(body) <= limit else None
 
 
@@ -422,18 +454,33 @@ def decode(
       DecodeError: If the body is not the one code of its integers: too short, too long, altered.
     """
     sizes, columns = _geometry(tensors)
-    buffer = np.array(np.frombuffer(body, np.uint8))
-    start = int.from_bytes(bytes(body[:4]).ljust(4, b"\0"), "big")
-    state = np.array([0, _MASK, start, 4, 0, 0], np.int64)
+    buffer = np.zeros(len(body) + 7 & ~1, np.uint8)  # at least six, and a whole number of pairs
+    buffer[: len(body)] = np.frombuffer(body, np.uint8)
+    code = int.from_bytes(buffer[:6].tobytes(), "big")
+    if code >= _SPAN:
+        raise DecodeError("range code is corrupt: it begins as no encoder begins it")
     values = np.zeros(int(sizes.sum()), np.int32)
     side = _NO_SIDE if side is None else side
     table = _IDENTITY if table is None else table
-    trellis = _STILL if trellis is None else trellis
-    if _run(values, side, table, trellis, sizes, columns, (*_model(), state, buffer, True)):
+    trellis = _NO_TRELLIS if trellis is None else trellis
+    (above, span, at), sound = _decoder(
+        values,
+        side,
+        table,
+        trellis,
+        sizes,
+        columns,
+        (code, _SPAN, 6),
+        buffer,
+        _model(),
+        _tables()[2:],
+    )
+    if not sound:
         raise DecodeError("an escape code is too long")
-    low = int(state[_LOW])
-    if int(state[_CODE]) != _roundest(low, int(state[_RANGE])) - low:
+    if len(body) > at or (len(body) and body[-1] == 0):
+        raise DecodeError(f"range code of {len(body)} bytes is too long")
+    last = int.from_bytes(bytes(body[at - 6 : at]).ljust(6, b"\0"), "big")
+    low = (last - above) % (1 << 48)
+    if above != _roundest(low, span) - low:
         raise DecodeError("range code is corrupt: it does not end as an encoder ends it")
-    if buffer.size > state[_AT] or (buffer.size and buffer[-1] == 0):
-        raise DecodeError(f"range code of {buffer.size} bytes is too long")
     return values

@@ -64,7 +64,7 @@ class Blockwise(Codec):
     code: Code = "nf4"
     block: int = 64
     double: bool = False
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     def __post_init__(self) -> None:
         if not 1 <= self.block < 1 << 31:

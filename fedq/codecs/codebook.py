@@ -70,7 +70,7 @@ class Codebook(Codec):
     scope: Literal["tensor", "model"] = "tensor"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     iterations: int = 30
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:

@@ -78,7 +78,7 @@ class Correlated(Codec):
     levels: int = 16
     scale: Sharing = "tensor"
     bucket: int = 256
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     def __post_init__(self) -> None:
         if not 1 <= self.clients <= 1 << 16:

@@ -69,7 +69,7 @@ class Log(Codec):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     scale: Sharing = "tensor"
     bucket: int = 256
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

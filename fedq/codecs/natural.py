@@ -54,7 +54,7 @@ class Natural(Codec):
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"entropy": "packed"})
 
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     @property
     def unbiased(self) -> bool:

@@ -100,7 +100,7 @@ class Uniform(Codec):
     rounding: Literal["nearest", "stochastic", "dithered"] = "nearest"
     scale: Sharing = "tensor"
     bucket: int = 256
-    entropy: Entropy = "range"
+    entropy: Entropy = "max"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 16:
@@ -126,7 +126,7 @@ class Uniform(Codec):
     @property
     def predictive(self) -> bool:
         """Whether levels are nearest and range-coded: the reference's level is the likeliest."""
-        return self.rounding == "nearest" and self.entropy == "range"
+        return self.rounding == "nearest" and self.entropy != "packed"
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
         return self._encode(x, layout, seed, reference)
