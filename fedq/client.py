@@ -24,7 +24,7 @@ from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
-from fedq.random import derive
+from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
 from fedq.training_config import TrainingConfig
 
@@ -155,12 +155,16 @@ class Task:
         Args:
           delta: (d,) float32, local minus global weights.
           examples: Local training examples, the update's weight in the mean.
-          client: A number of this client's own: it decides the randomness of its code.
+          client: A number of this client's own, from 0 and below 2**64, in all rounds the same: it
+            decides the randomness of its code, and the server holds the client to it.
           loss: Mean training loss, reported to the server.
           state: (s,) float32; what was received if not given.
           store: Where error feedback keeps its residual; needed if the codec has one.
         """
-        seed = self.seed(client, "encode") >> 31  # 32 bits: short on the wire
+        if not 0 <= client < 2**SEED_BITS:
+            raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
+        client = int(client)  # of NumPy, too
+        seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         if isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
@@ -170,7 +174,7 @@ class Task:
         else:
             payload = self.codec.encode(delta, self.layout, seed)
         record = Identity().encode(self.state if state is None else state, self.state_layout)
-        metadata: dict[str, Any] = {"round": self.round, "examples": examples}
+        metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
         if self.kept:

@@ -106,7 +106,7 @@ class _Server:
     def resumed(self) -> ServerState:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
-            tensors=["weights", "state"], meta=["layout", "failures", "held"]
+            tensors=["weights", "state"], meta=["layout", "failures", "held", "clients"]
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -138,6 +138,7 @@ class _Server:
                 },
                 {int(node): held for node, held in saved.meta["held"].items()},
             ),
+            {int(node): client for node, client in saved.meta["clients"].items()},
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -175,6 +176,7 @@ class _Server:
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
+            "clients": {str(node): client for node, client in state.clients.items()},
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
@@ -30,7 +30,7 @@ from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
-from fedq.random import derive, generator
+from fedq.random import SEED_BITS, derive, generator, round_seed
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -67,6 +67,7 @@ class ServerState:
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
       broadcasts: What was sent lately, and who holds it.
+      clients: By node, the client number that it first claimed.
     """
 
     round: int
@@ -75,6 +76,7 @@ class ServerState:
     optimizer: Mapping[str, NDArray[np.float32]]
     failures: int = 0
     broadcasts: Broadcasts = field(default_factory=Broadcasts)
+    clients: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -186,7 +188,7 @@ class FedQ(Strategy):
         self.quorum = quorum
         self.deadline_s = deadline_s
         self.downlink = Downlink(downlink or Identity(), layout, history)
-        self._nodes: tuple[object, list[int]] | None = None
+        self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -232,7 +234,13 @@ class FedQ(Strategy):
         report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
         slots = {node: slot for slot, node in enumerate(nodes)}
         held = dict(before.broadcasts.held)
-        return _Round(before, report, messages, slots, held, whole, start)
+        return _Round(before, report, messages, slots, held, self._claims(before), whole, start)
+
+    def _claims(self, before: ServerState) -> _Claims:
+        """Return who is which client; a node that left frees its number."""
+        assert self._nodes is not None
+        connected = self._nodes[0]
+        return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -300,6 +308,7 @@ class FedQ(Strategy):
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, deltas, states)
+        after = dataclasses.replace(after, clients=current.claims.clients)
         if self.downlink.history:
             sent = before.broadcasts.after(
                 report.round, current.whole, current.held, self.downlink.history
@@ -345,7 +354,7 @@ class FedQ(Strategy):
     @cached_property
     def _float32_reply_bytes(self) -> int:
         state = Identity().encode(np.zeros(self.state_layout.size, np.float32), self.state_layout)
-        metadata = {"round": 10, "examples": 100, "loss": 0.123456}
+        metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
     def _open(self, reply: Message, current: _Round) -> tuple[int, Update]:
@@ -370,7 +379,7 @@ class FedQ(Strategy):
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
-            return slot, self._update(message)
+            return slot, self._update(node, message, current)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
@@ -382,7 +391,7 @@ class FedQ(Strategy):
             current.held.pop(node, None)
             raise RejectedError("no base", str(metadata.get("dropped")))
 
-    def _update(self, message: wire.Envelope) -> Update:
+    def _update(self, node: int, message: wire.Envelope, current: _Round) -> Update:
         metadata = message.metadata
         if "dropped" in metadata:
             raise RejectedError("dropped", str(metadata["dropped"]))
@@ -397,6 +406,11 @@ class FedQ(Strategy):
         frame = wire.open_frame(message.parts[0], self.layout)
         if frame.codec != self.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
+        client = current.claims.claim(node, metadata.get("client"))
+        if frame.seed != self.codec.client_seed(
+            round_seed(self.seed, current.report.round), client
+        ):
+            raise RejectedError("seed", f"not the one of client {client} in this round")
         delta = decode_frame(frame, self.layout)
         state = Identity().decode(message.parts[1], self.state_layout)
         for values in (delta, state):
@@ -483,6 +497,29 @@ class FedQ(Strategy):
         return ArrayRecord({name: Array(array) for name, array in named.items()})
 
 
+class _Claims:
+    """Which client each node is: it keeps the number it first claims, and shares it with none.
+
+    Attributes:
+      clients: Numbers by node.
+    """
+
+    def __init__(self, clients: dict[int, int]) -> None:
+        self.clients = clients
+        self._nodes = {client: node for node, client in clients.items()}
+
+    def claim(self, node: int, client: object) -> int:
+        """Return the number that a node claims, if it may."""
+        if isinstance(client, bool) or not isinstance(client, int) or client >> SEED_BITS:
+            raise DecodeError(f"claims to be client {client!r}")
+        if self.clients.setdefault(node, client) != client:
+            raise RejectedError("seed", f"client {self.clients[node]} claims to be client {client}")
+        if self._nodes.setdefault(client, node) != node:
+            del self.clients[node]
+            raise RejectedError("seed", f"client {client} is another node; number clients apart")
+        return client
+
+
 @dataclass
 class _Round:
     """A round under way."""
@@ -492,6 +529,7 @@ class _Round:
     messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
     held: dict[int, int]
+    claims: _Claims
     whole: bytes
     start: float
 

@@ -85,6 +85,15 @@ def test_a_client_that_lost_its_model_gets_the_whole_one_next_time(tmp_path: Pat
     assert sizes[4] > 2 * sizes[1]
 
 
+def test_a_resumed_server_knows_which_client_is_which_node(tmp_path: Path) -> None:
+    experiment = config.load([*TINY, "clients_per_round=6", "rounds=1", f"run_dir={tmp_path}/run"])
+    simulation.run_experiment(experiment, tmp_path / "run")
+    dataset = load(experiment.data)
+    with LocalGrid(toy_app, 6) as grid, RunDirectory.open(tmp_path / "run") as directory:
+        state = server._Server(grid, experiment, dataset, directory, None).resumed()
+    assert state.clients == {node: place for place, node in enumerate(grid.get_node_ids())}
+
+
 def test_a_client_without_data_says_so(tmp_path: Path) -> None:
     experiment = config.load(TINY)
     rows = {0: np.arange(0), 1: np.arange(50)}

@@ -20,6 +20,7 @@ from fedq.codecs._groups import group_sizes, starts
 from fedq.codecs._rate import RateCodec
 from fedq.errors import ConfigError
 from fedq.feedback import compensate
+from fedq.random import SEED_BITS, round_seed
 from fedq.registry import fields, from_config, table, to_config
 
 CASES = [
@@ -117,6 +118,15 @@ def test_same_seed_same_bytes(codec):
     assert first == again
     decoded, elsewhere = codec.decode(first, layout), codec.decode(other, layout)
     assert np.array_equal(decoded, elsewhere) != draws(codec)
+
+
+@every_codec
+def test_a_client_has_a_seed_of_its_own_in_each_round(codec):
+    seeds = [[codec.client_seed(round_seed(0, r), client) for client in range(9)] for r in (1, 2)]
+    assert seeds == [[codec.client_seed(round_seed(0, r), c) for c in range(9)] for r in (1, 2)]
+    assert len({seed for row in seeds for seed in row}) == 18
+    assert all(0 <= seed < 2**SEED_BITS for row in seeds for seed in row)
+    assert 0 <= codec.client_seed(round_seed(0, 1), 2**64 - 1) < 2**SEED_BITS
 
 
 def draws(codec: Codec) -> bool:
