@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ from fedq import records, registry, wire
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
+from fedq.downlink import INITIAL
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
@@ -44,7 +46,7 @@ class NoBaseError(FedqError):
     """A request is the changes to a model that this client does not hold."""
 
     def __init__(self, base: int, server_round: int) -> None:
-        super().__init__(f"the model of round {base} is not here any more")
+        super().__init__(f"the model of round {base} is not here")
         self.server_round = server_round
 
 
@@ -105,17 +107,25 @@ class Task:
         layout: Layout,
         state_layout: Layout,
         store: StateStore | None,
+        initial: Callable[[], Vector] | None = None,
     ) -> Task:
         metadata = envelope.metadata
         if len(envelope.parts) != 2:
             raise DecodeError(f"a request has 2 parts, not {len(envelope.parts)}")
-        base = metadata.get("base")
-        reference = None
-        if base is not None:
-            reference = None if store is None else store.model(int(base), layout)
-            if reference is None:
-                raise NoBaseError(int(base), int(metadata["round"]))
-        weights = decode(envelope.parts[0], layout, reference=reference)
+        base, reference = metadata.get("base"), None
+        if base == INITIAL and initial is not None:
+            reference = initial()
+        elif base is not None and store is not None:
+            reference = store.model(int(base), layout)
+        try:
+            if base is not None and reference is None:
+                raise DecodeError("there is no reference")
+            weights = decode(envelope.parts[0], layout, reference=reference)
+        except DecodeError as error:
+            if base is None:
+                raise
+            # Not the one that the server means, such as weights that another torch initialised.
+            raise NoBaseError(int(base), int(metadata["round"])) from error
         kept = store is not None and metadata.get("keep") is True
         if kept:
             assert store is not None
@@ -301,7 +311,14 @@ class Client:
                 return request
         envelope = wire.unseal(blob)
         trainer = self._trainer_for(envelope.metadata)
-        task = Task._of(message, envelope, trainer.layout, trainer.state_layout, store)
+        task = Task._of(
+            message,
+            envelope,
+            trainer.layout,
+            trainer.state_layout,
+            store,
+            partial(_initial, envelope.metadata),
+        )
         training = TrainingConfig.from_config(task.metadata["training"])
         request = _Request(blob, task, trainer, training)
         self._requests = [r for r in self._requests if r.task.round == task.round]
@@ -319,6 +336,14 @@ class Client:
         if self._trainer is None or self._trainer[0] != key:
             self._trainer = (key, trainer_for(**spec, seed=0))
         return self._trainer[1]
+
+
+def _initial(metadata: Mapping[str, Any]) -> Vector:
+    """Build the model that the server started from."""
+    from fedq.training import trainer_for
+
+    spec = {key: metadata[key] for key in MODEL_KEYS}
+    return trainer_for(**spec, seed=derive(int(metadata["seed"]), "model")).weights()
 
 
 def client_app(make_site: Callable[[], Site]) -> ClientApp:

@@ -94,6 +94,7 @@ class _Server:
             quorum=experiment.quorum,
             deadline_s=experiment.round_deadline_s,
             history=experiment.downlink_history,
+            initial=self.trainer.weights(),
         )
 
     def started(self) -> ServerState:
@@ -106,7 +107,8 @@ class _Server:
     def resumed(self) -> ServerState:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
-            tensors=["weights", "state"], meta=["layout", "failures", "held", "clients"]
+            tensors=["weights", "state"],
+            meta=["layout", "failures", "held", "strangers", "clients"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -137,6 +139,7 @@ class _Server:
                     if name.startswith(BROADCAST_PREFIX)
                 },
                 {int(node): held for node, held in saved.meta["held"].items()},
+                frozenset(saved.meta["strangers"]),
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
         )
@@ -176,6 +179,7 @@ class _Server:
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
+            "strangers": sorted(state.broadcasts.strangers),
             "clients": {str(node): client for node, client in state.clients.items()},
         }
         self.directory.save_checkpoint(state.round, tensors, meta)

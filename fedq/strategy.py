@@ -150,6 +150,7 @@ class FedQ(Strategy):
       quorum: Fraction of the cohort that must be accepted for the round to count.
       deadline_s: Seconds after which the round closes with the replies at hand.
       history: Rounds for which the server remembers what it sent; 0 sends the whole model always.
+      initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -174,6 +175,7 @@ class FedQ(Strategy):
         quorum: float = 0.5,
         deadline_s: float | None = None,
         history: int = 16,
+        initial: Vector | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -187,7 +189,7 @@ class FedQ(Strategy):
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
-        self.downlink = Downlink(downlink or Identity(), layout, history)
+        self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
@@ -217,14 +219,15 @@ class FedQ(Strategy):
         nodes = self.sample(grid, report.round)
         report.sampled = len(nodes)
         seed = derive(self.seed, report.round, "downlink")
-        whole = self.downlink.whole(before.weights, seed)
+        weights = self.downlink.settled(before.weights, before.broadcasts)
+        whole = self.downlink.whole(weights, seed)
         blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
         messages = []
         for node in nodes:
-            base = before.broadcasts.base(node)
+            base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
-                changes = self.downlink.changes(before.weights, seed, before.broadcasts, base)
+                changes = self.downlink.changes(weights, seed, before.broadcasts, base)
                 blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             report.downlink_bytes += len(blobs[base])
@@ -232,9 +235,17 @@ class FedQ(Strategy):
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
         report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
-        slots = {node: slot for slot, node in enumerate(nodes)}
-        held = dict(before.broadcasts.held)
-        return _Round(before, report, messages, slots, held, self._claims(before), whole, start)
+        return _Round(
+            before=before,
+            report=report,
+            messages=messages,
+            waiting={node: slot for slot, node in enumerate(nodes)},
+            held=dict(before.broadcasts.held),
+            strangers=set(before.broadcasts.strangers),
+            claims=self._claims(before),
+            whole=whole,
+            start=start,
+        )
 
     def _claims(self, before: ServerState) -> _Claims:
         """Return who is which client; a node that left frees its number."""
@@ -311,7 +322,11 @@ class FedQ(Strategy):
         after = dataclasses.replace(after, clients=current.claims.clients)
         if self.downlink.history:
             sent = before.broadcasts.after(
-                report.round, current.whole, current.held, self.downlink.history
+                report.round,
+                current.whole,
+                current.held,
+                frozenset(current.strangers),
+                self.downlink.history,
             )
             after = dataclasses.replace(after, broadcasts=sent)
         report.seconds = time.perf_counter() - current.start
@@ -388,7 +403,8 @@ class FedQ(Strategy):
         if kept is True:
             current.held[node] = current.report.round
         elif kept is False:
-            current.held.pop(node, None)
+            if current.held.pop(node, None) is None:
+                current.strangers.add(node)
             raise RejectedError("no base", str(metadata.get("dropped")))
 
     def _update(self, node: int, message: wire.Envelope, current: _Round) -> Update:
@@ -529,6 +545,7 @@ class _Round:
     messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
     held: dict[int, int]
+    strangers: set[int]
     claims: _Claims
     whole: bytes
     start: float

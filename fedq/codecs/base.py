@@ -73,6 +73,13 @@ class Codec(abc.ABC):
         """Whether a reference vector that both ends hold makes payloads shorter."""
         return False
 
+    def settle(self, x: Vector, previous: Vector, layout: Layout) -> Vector:
+        """Return what to encode for ``x`` once ``previous`` was decoded: near ``x``, and cheaper.
+
+        For a sender that keeps the difference, and sends again; all arguments are (d,) float32.
+        """
+        return x
+
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
         """Encode given a finite, contiguous (d,) reference; only asked of predictive codecs."""
         raise NotImplementedError
