@@ -18,6 +18,7 @@ from fedq.experiment import Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.threads import usable_cores
 from fedq.training import Trainer, trainer_for
 
 # isort: split
@@ -95,6 +96,7 @@ class _Server:
             deadline_s=experiment.round_deadline_s,
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
+            threads=experiment.decode_threads or usable_cores(),
         )
 
     def started(self) -> ServerState:

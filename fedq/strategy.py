@@ -11,10 +11,11 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.random import SEED_BITS, derive, generator, round_seed
+from fedq.threads import in_threads
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -115,10 +117,11 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """One client's accepted contribution."""
+    """One client's contribution, checked as far as it goes without decoding it."""
 
-    delta: Vector
-    state: Vector
+    slot: int  #: the client's place in the cohort
+    delta: wire.Frame
+    state: bytes | memoryview
     weight: float
     loss: float | None
 
@@ -151,6 +154,7 @@ class FedQ(Strategy):
       deadline_s: Seconds after which the round closes with the replies at hand.
       history: Rounds for which the server remembers what it sent; 0 sends the whole model always.
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
+      threads: Threads that decode replies; each holds one decoded update.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -176,6 +180,7 @@ class FedQ(Strategy):
         deadline_s: float | None = None,
         history: int = 16,
         initial: Vector | None = None,
+        threads: int = 1,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -189,6 +194,7 @@ class FedQ(Strategy):
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
+        self.threads = threads
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -301,14 +307,22 @@ class FedQ(Strategy):
         deltas = self.aggregator.stream(self.layout.size, report.sampled)
         states = self.aggregator.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
-        for reply in replies:
+        lock = Lock()
+
+        def add(update: Update) -> Update | RejectedError:
             try:
-                slot, update = self._open(reply, current)
+                delta, state = self._decode(update)
             except RejectedError as error:
-                report.reject(error.kind, str(error))
+                return error
+            with lock:  # an addition is short beside a decoding
+                deltas.add(delta, update.weight, update.slot)
+                states.add(state, update.weight, update.slot)
+            return update
+
+        for update in in_threads(add, self._opened(replies, current), self.threads):
+            if isinstance(update, RejectedError):
+                report.reject(update.kind, str(update))
                 continue
-            deltas.add(update.delta, update.weight, slot)
-            states.add(update.state, update.weight, slot)
             report.replies += 1
             report.float32_uplink_bytes += self._float32_reply_bytes
             if update.loss is not None:
@@ -372,8 +386,16 @@ class FedQ(Strategy):
         metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
-    def _open(self, reply: Message, current: _Round) -> tuple[int, Update]:
-        """Check one reply and decode it; whatever makes it unusable is a RejectedError."""
+    def _opened(self, replies: Iterable[Message], current: _Round) -> Iterator[Update]:
+        """Yield the updates that are worth decoding."""
+        for reply in replies:
+            try:
+                yield self._open(reply, current)
+            except RejectedError as error:
+                current.report.reject(error.kind, str(error))
+
+    def _open(self, reply: Message, current: _Round) -> Update:
+        """Check one reply; whatever makes it unusable is a RejectedError."""
         report = current.report
         if reply.has_error():
             current.answer(reply)
@@ -394,7 +416,7 @@ class FedQ(Strategy):
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
-            return slot, self._update(node, message, current)
+            return self._update(node, slot, message, current)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
@@ -407,7 +429,7 @@ class FedQ(Strategy):
                 current.strangers.add(node)
             raise RejectedError("no base", str(metadata.get("dropped")))
 
-    def _update(self, node: int, message: wire.Envelope, current: _Round) -> Update:
+    def _update(self, node: int, slot: int, message: wire.Envelope, current: _Round) -> Update:
         metadata = message.metadata
         if "dropped" in metadata:
             raise RejectedError("dropped", str(metadata["dropped"]))
@@ -427,13 +449,21 @@ class FedQ(Strategy):
             round_seed(self.seed, current.report.round), client
         ):
             raise RejectedError("seed", f"not the one of client {client} in this round")
-        delta = decode_frame(frame, self.layout)
-        state = Identity().decode(message.parts[1], self.state_layout)
+        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
+        loss = None if loss is None else float(loss)
+        return Update(slot, frame, message.parts[1], weight, loss)
+
+    def _decode(self, update: Update) -> tuple[Vector, Vector]:
+        """Return an update's delta and state; safe in several threads."""
+        try:
+            delta = decode_frame(update.delta, self.layout)
+            state = Identity().decode(update.state, self.state_layout)
+        except DecodeError as error:
+            raise RejectedError("malformed", str(error)) from None
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
-        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        return Update(delta, state, weight, None if loss is None else float(loss))
+        return delta, state
 
     # --- Flower's interface ------------------------------------------------------------------
 
