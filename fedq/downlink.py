@@ -39,10 +39,10 @@ class Broadcasts:
         strangers: frozenset[int],
         history: int,
     ) -> Broadcasts:
-        """Return the broadcasts after a round: recent ones that some node holds."""
+        """Return the broadcasts after a round: the last, and recent ones that some node holds."""
         oldest, needed = server_round - history, set(held.values())
         sent = {**self.sent, server_round: whole}
-        recent = {r: payload for r, payload in sent.items() if r > oldest and r in needed}
+        recent = {r: sent[r] for r in sent if (r > oldest and r in needed) or r == server_round}
         still = {node: r for node, r in held.items() if r in recent}
         return Broadcasts(recent, still, strangers)
 
@@ -81,17 +81,19 @@ class Downlink:
 
     def base(self, node: int, broadcasts: Broadcasts) -> int | None:
         """Return the round whose model a node has, None if it has none."""
+        if not self.history:
+            return None
         base = broadcasts.base(node)
         if base is None and self.initial is not None and node not in broadcasts.strangers:
             return INITIAL
         return base
 
     def settled(self, weights: Vector, broadcasts: Broadcasts) -> Vector:
-        """Return what to send of a model after the newest one that is remembered."""
+        """Return what to send of a model after the last one that was sent."""
         if not broadcasts.sent:
             return weights
-        newest = self._base(broadcasts, max(broadcasts.sent))
-        return self.codec.settle(weights, newest, self.layout)
+        last = self._base(broadcasts, max(broadcasts.sent))
+        return self.codec.settle(weights, last, self.layout)
 
     def whole(self, weights: Vector, seed: int) -> bytes:
         """Encode a model on its own."""

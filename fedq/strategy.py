@@ -334,7 +334,7 @@ class FedQ(Strategy):
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, deltas, states)
         after = dataclasses.replace(after, clients=current.claims.clients)
-        if self.downlink.history:
+        if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
                 report.round,
                 current.whole,
