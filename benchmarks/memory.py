@@ -2,8 +2,8 @@
 
 The network is mnist_cnn (1,199,882 parameters). Clients send real bytes through the local engine,
 of a random delta instead of a trained one, drawn once in each worker. The mean streams: what is
-held does not grow with the clients. Every row is a process of its own; its peak is ``VmHWM``,
-resident pages at their highest, libraries included.
+held does not grow with the clients. As many threads as workers decode. Every row is a process of
+its own; its peak is ``VmHWM``, resident pages at their highest, libraries included.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def measure(codec: str, clients: int, workers: int, seed: int, model: str) -> di
         downlink=experiment.downlink,
         clients_per_round=clients,
         seed=seed,
+        threads=workers,
     )
     with LocalGrid(lambda: toy_client(layout), clients, workers=workers) as grid:
         start_mb, start = _common.peak_resident_mb(), time.perf_counter()

@@ -26,6 +26,8 @@ from flwr.serverapp import Grid
 
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
+#: That decode unless more are asked for: each holds an update, and what it is decoded from.
+MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
 
 
@@ -96,7 +98,7 @@ class _Server:
             deadline_s=experiment.round_deadline_s,
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
-            threads=experiment.decode_threads or usable_cores(),
+            threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
 
     def started(self) -> ServerState:
