@@ -1,9 +1,9 @@
 """Peak memory of the server while 1,000 clients of a model of 1.2 M parameters answer in one round.
 
 The network is mnist_cnn (1,199,882 parameters). Clients send real bytes through the local engine,
-of a random delta instead of a trained one, encoded once in each worker. The mean streams: what is
-held does not grow with the clients. Every row is a process of its own; its peak is ``VmHWM``,
-resident pages at their highest, libraries included.
+of a random delta instead of a trained one, drawn once in each worker. The mean streams: what is
+held does not grow with the clients. As many threads as workers decode. Every row is a process of
+its own; its peak is ``VmHWM``, resident pages at their highest, libraries included.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from typing import Any
 
 import _common
@@ -22,12 +23,12 @@ import numpy as np
 from fedq import config
 from fedq.client import Task
 from fedq.engines.local import LocalGrid
-from fedq.layout import Layout
+from fedq.layout import Layout, Vector
 from fedq.models.base import create
 from fedq.strategy import FedQ
 
 # isort: split
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 LIMIT_MB = 600
@@ -98,6 +99,7 @@ def measure(codec: str, clients: int, workers: int, seed: int, model: str) -> di
         downlink=experiment.downlink,
         clients_per_round=clients,
         seed=seed,
+        threads=workers,
     )
     with LocalGrid(lambda: toy_client(layout), clients, workers=workers) as grid:
         start_mb, start = _common.peak_resident_mb(), time.perf_counter()
@@ -123,23 +125,20 @@ def toy_client(layout: Layout) -> ClientApp:
     """Return a ClientApp that answers with a delta like a trained one: small, of varied scale."""
     app = ClientApp()
 
-    def answer(message: Message, client: int) -> RecordDict:
-        task = Task.open(message, layout)
-        rng = np.random.default_rng(task.seed(client, "toy"))
+    @cache
+    def drawn_delta() -> Vector:
+        rng = np.random.default_rng(0)
         delta = np.empty(layout.size, np.float32)
         for tensor in layout:
             scale = 0.01 * rng.lognormal(size=(tensor.rows, 1)) / np.sqrt(tensor.size)
             drawn = rng.standard_normal((tensor.rows, tensor.size // tensor.rows), np.float32)
             delta[tensor.slice] = (scale * drawn).astype(np.float32).ravel()
-        return task.reply(delta, examples=1, client=client).content
-
-    kept: list[RecordDict] = []
+        return delta
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        if not kept:
-            kept.append(answer(message, int(context.node_config["partition-id"])))
-        return Message(kept[0], reply_to=message)
+        client = int(context.node_config["partition-id"])
+        return Task.open(message, layout).reply(drawn_delta(), examples=1, client=client)
 
     return app
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,10 +22,11 @@ from fedq import records, registry, wire
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
+from fedq.downlink import INITIAL
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
-from fedq.random import derive
+from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
 from fedq.training_config import TrainingConfig
 
@@ -44,7 +46,7 @@ class NoBaseError(FedqError):
     """A request is the changes to a model that this client does not hold."""
 
     def __init__(self, base: int, server_round: int) -> None:
-        super().__init__(f"the model of round {base} is not here any more")
+        super().__init__(f"the model of round {base} is not here")
         self.server_round = server_round
 
 
@@ -105,17 +107,25 @@ class Task:
         layout: Layout,
         state_layout: Layout,
         store: StateStore | None,
+        initial: Callable[[], Vector] | None = None,
     ) -> Task:
         metadata = envelope.metadata
         if len(envelope.parts) != 2:
             raise DecodeError(f"a request has 2 parts, not {len(envelope.parts)}")
-        base = metadata.get("base")
-        reference = None
-        if base is not None:
-            reference = None if store is None else store.model(int(base), layout)
-            if reference is None:
-                raise NoBaseError(int(base), int(metadata["round"]))
-        weights = decode(envelope.parts[0], layout, reference=reference)
+        base, reference = metadata.get("base"), None
+        if base == INITIAL and initial is not None:
+            reference = initial()
+        elif base is not None and store is not None:
+            reference = store.model(int(base), layout)
+        try:
+            if base is not None and reference is None:
+                raise DecodeError("there is no reference")
+            weights = decode(envelope.parts[0], layout, reference=reference)
+        except DecodeError as error:
+            if base is None:
+                raise
+            # Not the one that the server means, such as weights that another torch initialised.
+            raise NoBaseError(int(base), int(metadata["round"])) from error
         kept = store is not None and metadata.get("keep") is True
         if kept:
             assert store is not None
@@ -155,12 +165,16 @@ class Task:
         Args:
           delta: (d,) float32, local minus global weights.
           examples: Local training examples, the update's weight in the mean.
-          client: A number of this client's own: it decides the randomness of its code.
+          client: A number of this client's own, from 0 and below 2**64, in all rounds the same: it
+            decides the randomness of its code, and the server holds the client to it.
           loss: Mean training loss, reported to the server.
           state: (s,) float32; what was received if not given.
           store: Where error feedback keeps its residual; needed if the codec has one.
         """
-        seed = self.seed(client, "encode") >> 31  # 32 bits: short on the wire
+        if not 0 <= client < 2**SEED_BITS:
+            raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
+        client = int(client)  # of NumPy, too
+        seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         if isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
@@ -170,7 +184,7 @@ class Task:
         else:
             payload = self.codec.encode(delta, self.layout, seed)
         record = Identity().encode(self.state if state is None else state, self.state_layout)
-        metadata: dict[str, Any] = {"round": self.round, "examples": examples}
+        metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
         if self.kept:
@@ -297,7 +311,14 @@ class Client:
                 return request
         envelope = wire.unseal(blob)
         trainer = self._trainer_for(envelope.metadata)
-        task = Task._of(message, envelope, trainer.layout, trainer.state_layout, store)
+        task = Task._of(
+            message,
+            envelope,
+            trainer.layout,
+            trainer.state_layout,
+            store,
+            partial(_initial, envelope.metadata),
+        )
         training = TrainingConfig.from_config(task.metadata["training"])
         request = _Request(blob, task, trainer, training)
         self._requests = [r for r in self._requests if r.task.round == task.round]
@@ -315,6 +336,14 @@ class Client:
         if self._trainer is None or self._trainer[0] != key:
             self._trainer = (key, trainer_for(**spec, seed=0))
         return self._trainer[1]
+
+
+def _initial(metadata: Mapping[str, Any]) -> Vector:
+    """Build the model that the server started from."""
+    from fedq.training import trainer_for
+
+    spec = {key: metadata[key] for key in MODEL_KEYS}
+    return trainer_for(**spec, seed=derive(int(metadata["seed"]), "model")).weights()
 
 
 def client_app(make_site: Callable[[], Site]) -> ClientApp:

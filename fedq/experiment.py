@@ -57,6 +57,8 @@ class Experiment:
       round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
       downlink_history: Rounds for which the server remembers what it sent, so that a client which
         still holds a model gets only the changes; 0 sends the whole model always.
+      decode_threads: Threads of the server that decode replies; 0 is one per usable core, 4
+        at most.
       evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
@@ -81,6 +83,7 @@ class Experiment:
     quorum: float
     round_deadline_s: float | None
     downlink_history: int
+    decode_threads: int
     evaluate_every: int
     baseline: bool
     run_dir: str | None
@@ -133,6 +136,11 @@ class Experiment:
             "downlink cannot feed errors back: the server keeps the float model itself;"
             " choose the inner codec",
             self.downlink.name,
+        )
+        _check(
+            0 <= self.decode_threads <= 256,
+            "decode_threads must be 0 (all cores) to 256",
+            self.decode_threads,
         )
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 

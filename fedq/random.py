@@ -25,6 +25,11 @@ def derive(seed: int, *path: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def round_seed(seed: int, server_round: int) -> int:
+    """Return the seed below a run's that all uplink payloads of a round share."""
+    return derive(seed, server_round, "uplink")
+
+
 def words(seed: int, count: int, purpose: str = "") -> NDArray[np.uint32]:
     """Return ``count`` random 32-bit words, shape (count,), a pure function of the arguments."""
     key = np.frombuffer(

@@ -18,6 +18,7 @@ from fedq.experiment import Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.threads import usable_cores
 from fedq.training import Trainer, trainer_for
 
 # isort: split
@@ -25,6 +26,8 @@ from flwr.serverapp import Grid
 
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
+#: That decode unless more are asked for: each holds an update, and what it is decoded from.
+MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
 
 
@@ -94,6 +97,8 @@ class _Server:
             quorum=experiment.quorum,
             deadline_s=experiment.round_deadline_s,
             history=experiment.downlink_history,
+            initial=self.trainer.weights(),
+            threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
 
     def started(self) -> ServerState:
@@ -106,7 +111,8 @@ class _Server:
     def resumed(self) -> ServerState:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
-            tensors=["weights", "state"], meta=["layout", "failures", "held"]
+            tensors=["weights", "state"],
+            meta=["layout", "failures", "held", "strangers", "clients"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -137,7 +143,9 @@ class _Server:
                     if name.startswith(BROADCAST_PREFIX)
                 },
                 {int(node): held for node, held in saved.meta["held"].items()},
+                frozenset(saved.meta["strangers"]),
             ),
+            {int(node): client for node, client in saved.meta["clients"].items()},
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -175,6 +183,8 @@ class _Server:
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
+            "strangers": sorted(state.broadcasts.strangers),
+            "clients": {str(node): client for node, client in state.clients.items()},
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:

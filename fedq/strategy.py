@@ -11,10 +11,11 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
-from fedq.random import derive, generator
+from fedq.random import SEED_BITS, derive, generator, round_seed
+from fedq.threads import in_threads
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -67,6 +69,7 @@ class ServerState:
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
       broadcasts: What was sent lately, and who holds it.
+      clients: By node, the client number that it first claimed.
     """
 
     round: int
@@ -75,6 +78,7 @@ class ServerState:
     optimizer: Mapping[str, NDArray[np.float32]]
     failures: int = 0
     broadcasts: Broadcasts = field(default_factory=Broadcasts)
+    clients: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,10 +117,11 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """One client's accepted contribution."""
+    """One client's contribution, checked as far as it goes without decoding it."""
 
-    delta: Vector
-    state: Vector
+    slot: int  #: the client's place in the cohort
+    delta: wire.Frame
+    state: bytes | memoryview
     weight: float
     loss: float | None
 
@@ -148,6 +153,8 @@ class FedQ(Strategy):
       quorum: Fraction of the cohort that must be accepted for the round to count.
       deadline_s: Seconds after which the round closes with the replies at hand.
       history: Rounds for which the server remembers what it sent; 0 sends the whole model always.
+      initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
+      threads: Threads that decode replies; each holds one decoded update.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -172,6 +179,8 @@ class FedQ(Strategy):
         quorum: float = 0.5,
         deadline_s: float | None = None,
         history: int = 16,
+        initial: Vector | None = None,
+        threads: int = 1,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -185,8 +194,9 @@ class FedQ(Strategy):
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
-        self.downlink = Downlink(downlink or Identity(), layout, history)
-        self._nodes: tuple[object, list[int]] | None = None
+        self.threads = threads
+        self.downlink = Downlink(downlink or Identity(), layout, history, initial)
+        self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -215,14 +225,15 @@ class FedQ(Strategy):
         nodes = self.sample(grid, report.round)
         report.sampled = len(nodes)
         seed = derive(self.seed, report.round, "downlink")
-        whole = self.downlink.whole(before.weights, seed)
+        weights = self.downlink.settled(before.weights, before.broadcasts)
+        whole = self.downlink.whole(weights, seed)
         blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
         messages = []
         for node in nodes:
-            base = before.broadcasts.base(node)
+            base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
-                changes = self.downlink.changes(before.weights, seed, before.broadcasts, base)
+                changes = self.downlink.changes(weights, seed, before.broadcasts, base)
                 blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             report.downlink_bytes += len(blobs[base])
@@ -230,9 +241,23 @@ class FedQ(Strategy):
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
         report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
-        slots = {node: slot for slot, node in enumerate(nodes)}
-        held = dict(before.broadcasts.held)
-        return _Round(before, report, messages, slots, held, whole, start)
+        return _Round(
+            before=before,
+            report=report,
+            messages=messages,
+            waiting={node: slot for slot, node in enumerate(nodes)},
+            held=dict(before.broadcasts.held),
+            strangers=set(before.broadcasts.strangers),
+            claims=self._claims(before),
+            whole=whole,
+            start=start,
+        )
+
+    def _claims(self, before: ServerState) -> _Claims:
+        """Return who is which client; a node that left frees its number."""
+        assert self._nodes is not None
+        connected = self._nodes[0]
+        return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -282,14 +307,22 @@ class FedQ(Strategy):
         deltas = self.aggregator.stream(self.layout.size, report.sampled)
         states = self.aggregator.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
-        for reply in replies:
+        lock = Lock()
+
+        def add(update: Update) -> Update | RejectedError:
             try:
-                slot, update = self._open(reply, current)
+                delta, state = self._decode(update)
             except RejectedError as error:
-                report.reject(error.kind, str(error))
+                return error
+            with lock:  # an addition is short beside a decoding
+                deltas.add(delta, update.weight, update.slot)
+                states.add(state, update.weight, update.slot)
+            return update
+
+        for update in in_threads(add, self._opened(replies, current), self.threads):
+            if isinstance(update, RejectedError):
+                report.reject(update.kind, str(update))
                 continue
-            deltas.add(update.delta, update.weight, slot)
-            states.add(update.state, update.weight, slot)
             report.replies += 1
             report.float32_uplink_bytes += self._float32_reply_bytes
             if update.loss is not None:
@@ -300,9 +333,14 @@ class FedQ(Strategy):
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, deltas, states)
-        if self.downlink.history:
+        after = dataclasses.replace(after, clients=current.claims.clients)
+        if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
-                report.round, current.whole, current.held, self.downlink.history
+                report.round,
+                current.whole,
+                current.held,
+                frozenset(current.strangers),
+                self.downlink.history,
             )
             after = dataclasses.replace(after, broadcasts=sent)
         report.seconds = time.perf_counter() - current.start
@@ -345,11 +383,19 @@ class FedQ(Strategy):
     @cached_property
     def _float32_reply_bytes(self) -> int:
         state = Identity().encode(np.zeros(self.state_layout.size, np.float32), self.state_layout)
-        metadata = {"round": 10, "examples": 100, "loss": 0.123456}
+        metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
-    def _open(self, reply: Message, current: _Round) -> tuple[int, Update]:
-        """Check one reply and decode it; whatever makes it unusable is a RejectedError."""
+    def _opened(self, replies: Iterable[Message], current: _Round) -> Iterator[Update]:
+        """Yield the updates that are worth decoding."""
+        for reply in replies:
+            try:
+                yield self._open(reply, current)
+            except RejectedError as error:
+                current.report.reject(error.kind, str(error))
+
+    def _open(self, reply: Message, current: _Round) -> Update:
+        """Check one reply; whatever makes it unusable is a RejectedError."""
         report = current.report
         if reply.has_error():
             current.answer(reply)
@@ -370,7 +416,7 @@ class FedQ(Strategy):
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
-            return slot, self._update(message)
+            return self._update(node, slot, message, current)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
@@ -379,10 +425,11 @@ class FedQ(Strategy):
         if kept is True:
             current.held[node] = current.report.round
         elif kept is False:
-            current.held.pop(node, None)
+            if current.held.pop(node, None) is None:
+                current.strangers.add(node)
             raise RejectedError("no base", str(metadata.get("dropped")))
 
-    def _update(self, message: wire.Envelope) -> Update:
+    def _update(self, node: int, slot: int, message: wire.Envelope, current: _Round) -> Update:
         metadata = message.metadata
         if "dropped" in metadata:
             raise RejectedError("dropped", str(metadata["dropped"]))
@@ -397,13 +444,26 @@ class FedQ(Strategy):
         frame = wire.open_frame(message.parts[0], self.layout)
         if frame.codec != self.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
-        delta = decode_frame(frame, self.layout)
-        state = Identity().decode(message.parts[1], self.state_layout)
+        client = current.claims.claim(node, metadata.get("client"))
+        if frame.seed != self.codec.client_seed(
+            round_seed(self.seed, current.report.round), client
+        ):
+            raise RejectedError("seed", f"not the one of client {client} in this round")
+        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
+        loss = None if loss is None else float(loss)
+        return Update(slot, frame, message.parts[1], weight, loss)
+
+    def _decode(self, update: Update) -> tuple[Vector, Vector]:
+        """Return an update's delta and state; safe in several threads."""
+        try:
+            delta = decode_frame(update.delta, self.layout)
+            state = Identity().decode(update.state, self.state_layout)
+        except DecodeError as error:
+            raise RejectedError("malformed", str(error)) from None
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
-        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        return Update(delta, state, weight, None if loss is None else float(loss))
+        return delta, state
 
     # --- Flower's interface ------------------------------------------------------------------
 
@@ -483,6 +543,29 @@ class FedQ(Strategy):
         return ArrayRecord({name: Array(array) for name, array in named.items()})
 
 
+class _Claims:
+    """Which client each node is: it keeps the number it first claims, and shares it with none.
+
+    Attributes:
+      clients: Numbers by node.
+    """
+
+    def __init__(self, clients: dict[int, int]) -> None:
+        self.clients = clients
+        self._nodes = {client: node for node, client in clients.items()}
+
+    def claim(self, node: int, client: object) -> int:
+        """Return the number that a node claims, if it may."""
+        if isinstance(client, bool) or not isinstance(client, int) or client >> SEED_BITS:
+            raise DecodeError(f"claims to be client {client!r}")
+        if self.clients.setdefault(node, client) != client:
+            raise RejectedError("seed", f"client {self.clients[node]} claims to be client {client}")
+        if self._nodes.setdefault(client, node) != node:
+            del self.clients[node]
+            raise RejectedError("seed", f"client {client} is another node; number clients apart")
+        return client
+
+
 @dataclass
 class _Round:
     """A round under way."""
@@ -492,6 +575,8 @@ class _Round:
     messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
     held: dict[int, int]
+    strangers: set[int]
+    claims: _Claims
     whole: bytes
     start: float
 

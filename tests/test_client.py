@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import fedq.client
 from fedq import Layout, build, config, registry, server, simulation
 from fedq.client import NoBaseError, SimulatedSite, Task, client_app
 from fedq.data.base import load
@@ -83,6 +86,39 @@ def test_a_client_that_lost_its_model_gets_the_whole_one_next_time(tmp_path: Pat
     assert reports[3].rejected == {"no base": 1}
     assert reports[4].rejected == {}
     assert sizes[4] > 2 * sizes[1]
+
+
+def test_the_first_model_is_the_change_to_one_that_clients_build(tmp_path: Path) -> None:
+    experiment = config.load([*TINY, "clients_per_round=6", "downlink=lattice"])
+    run = simulation.run_experiment(experiment, tmp_path / "run")
+    whole = simulation.run_experiment(experiment.replace(downlink_history=0), tmp_path / "whole")
+    first, sent = (RunDirectory(out.path).rounds()[1] for out in (run, whole))
+    assert first["rejected"] == {}
+    assert first["downlink_bytes"] < sent["downlink_bytes"] / 2
+
+
+def test_a_client_that_builds_another_model_gets_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fedq.client._initial
+
+    def wrong(metadata: Mapping[str, Any]) -> np.ndarray:
+        return np.nextafter(right(metadata), np.float32(1))
+
+    monkeypatch.setattr("fedq.client._initial", wrong)
+    options = [*TINY, "clients_per_round=6", "downlink=lattice", "rounds=3", "downlink_history=1"]
+    run = simulation.run_experiment(config.load([*options, "quorum=0.1"]), tmp_path / "run")
+    rejected = [record["rejected"] for record in RunDirectory(run.path).rounds()]
+    assert rejected == [{}, {"no base": 6}, {}, {}]
+
+
+def test_a_resumed_server_knows_which_client_is_which_node(tmp_path: Path) -> None:
+    experiment = config.load([*TINY, "clients_per_round=6", "rounds=1", f"run_dir={tmp_path}/run"])
+    simulation.run_experiment(experiment, tmp_path / "run")
+    dataset = load(experiment.data)
+    with LocalGrid(toy_app, 6) as grid, RunDirectory.open(tmp_path / "run") as directory:
+        state = server._Server(grid, experiment, dataset, directory, None).resumed()
+    assert state.clients == {node: place for place, node in enumerate(grid.get_node_ids())}
 
 
 def test_a_client_without_data_says_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["codec.bits=4.0"], "codec.bits must be int, not 4.0"),
         (["codec.bits=true"], "codec.bits must be int, not True"),
         (["codec.bits=99"], "1 to 16"),
-        (["downlink.bits=x"], "downlink.bits must be int"),
+        (["downlink=grid4", "downlink.bits=x"], "downlink.bits must be int"),
         (["downlink=nope"], "unknown downlink 'nope'"),
         (["codec=top_k", "codec.inner=fp8"], "unknown codec 'fp8'; did you mean 'fp16'"),
         (["codec.inner.bits=4"], "unknown option of codec=uniform 'inner'"),

@@ -14,9 +14,10 @@ from fedq.client import Task
 from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.random import round_seed
 from fedq.records import unpack
 from fedq.strategy import PATIENCE, FedQ
-from tests.grids import InlineGrid, constant_client, envelope, raw_reply
+from tests.grids import Handler, InlineGrid, constant_client, envelope, raw_reply
 
 # isort: split
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
@@ -70,9 +71,8 @@ def test_order_of_replies_does_not_matter(aggregator: str) -> None:
 def _hostile(kind: str, message: Message, good: Message) -> Message:
     blob = unpack(good.content)
     parts = wire.unseal(blob).parts
-    meta = {"round": int(message.metadata.group_id), "examples": 5}
-    nan = Identity().encode(ZERO, LAYOUT)
-    body = bytearray(nan)
+    meta = {"round": int(message.metadata.group_id), "client": 1, "examples": 5}
+    seed = Identity().client_seed(round_seed(0, meta["round"]), 1)
     if kind == "garbage":
         return raw_reply(message, b"\x00" * 100)
     if kind == "empty":
@@ -106,11 +106,27 @@ def _hostile(kind: str, message: Message, good: Message) -> Message:
         return raw_reply(message, envelope(meta, other, bytes(parts[1])))
     if kind == "not a number":
         body = np.full(LAYOUT.size, np.nan, "<f4").tobytes()
-        bad = wire.seal_frame(Identity(), LAYOUT, 0, body)
+        bad = wire.seal_frame(Identity(), LAYOUT, seed, body)
         return raw_reply(message, envelope(meta, bad, bytes(parts[1])))
     if kind == "huge":
-        bad = Identity().encode(np.full(LAYOUT.size, 1e30, np.float32), LAYOUT)
+        bad = Identity().encode(np.full(LAYOUT.size, 1e30, np.float32), LAYOUT, seed)
         return raw_reply(message, envelope(meta, bad, bytes(parts[1])))
+    if kind == "no client":
+        return raw_reply(message, envelope({**meta, "client": None}, *map(bytes, parts)))
+    if kind == "negative client":
+        return raw_reply(message, envelope({**meta, "client": -1}, *map(bytes, parts)))
+    if kind == "true client":
+        return raw_reply(message, envelope({**meta, "client": True}, *map(bytes, parts)))
+    if kind == "endless client":
+        return raw_reply(message, envelope({**meta, "client": 2**64}, *map(bytes, parts)))
+    if kind == "other seed":
+        other = Identity().encode(ZERO, LAYOUT, seed + 1)
+        return raw_reply(message, envelope(meta, other, bytes(parts[1])))
+    if kind == "seed of another client":
+        return raw_reply(message, envelope({**meta, "client": 7}, *map(bytes, parts)))
+    if kind == "seed of another round":
+        other = Identity().encode(ZERO, LAYOUT, Identity().client_seed(round_seed(0, 2), 1))
+        return raw_reply(message, envelope(meta, other, bytes(parts[1])))
     if kind == "dropped":
         return raw_reply(message, envelope({"round": meta["round"], "dropped": "loss is NaN"}))
     if kind == "error":
@@ -134,6 +150,13 @@ KINDS = {
     "other codec": "malformed",
     "not a number": "malformed",
     "huge": "out of range",
+    "no client": "malformed",
+    "negative client": "malformed",
+    "true client": "malformed",
+    "endless client": "malformed",
+    "other seed": "seed",
+    "seed of another client": "seed",
+    "seed of another round": "seed",
     "dropped": "dropped",
     "error": "error",
 }
@@ -168,6 +191,65 @@ def test_a_client_cannot_choose_a_wider_code() -> None:
     _, report = fedq.run_round(InlineGrid(handle, 3), fedq.initial(ZERO))
     assert report.rejected == {"malformed": 1}
     assert "where" in report.reasons[0]
+
+
+def numbered(numbers: list[list[int]]) -> Handler:
+    """In round r, partition p answers as client ``numbers[r - 1][p]``."""
+
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT)
+        return task.reply(ZERO, examples=1, client=numbers[task.round - 1][partition])
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("second", "rejected"),
+    [
+        ([4, 5, 6], 0),
+        ([4, 5, 9], 1),  # a number of its own, but not the first
+        ([4, 5, 5], 1),  # another's, which answers first
+        ([5, 5, 6], 1),  # another's, which answers later
+        ([5, 4, 6], 2),
+    ],
+)
+def test_a_node_keeps_its_client_number(second: list[int], rejected: int) -> None:
+    fedq = strategy(quorum=0.1)
+    grid = InlineGrid(numbered([[4, 5, 6], second, [4, 5, 6]]), 3)
+    state = fedq.initial(ZERO)
+    for lost in (0, rejected, 0):
+        state, report = fedq.run_round(grid, state)
+        assert report.rejected.total() == report.rejected["seed"] == lost
+    assert state.clients == {2: 4, 3: 5, 4: 6}
+
+
+def test_two_nodes_cannot_be_one_client() -> None:
+    fedq = strategy(quorum=0.1)
+    state, report = fedq.run_round(InlineGrid(numbered([[0, 0, 0]]), 3), fedq.initial(ZERO))
+    assert report.rejected == {"seed": 2}
+    assert "number clients apart" in report.reasons[0]
+    assert state.clients == {2: 0}
+
+
+def test_a_device_that_comes_back_as_another_node_keeps_its_number() -> None:
+    fedq = strategy()
+    state = dataclasses.replace(fedq.initial(ZERO), clients={77: 0, 2: 1})  # 77 is not connected
+    state, report = fedq.run_round(InlineGrid(numbered([[1, 0]]), 2), state)
+    assert not report.rejected
+    assert state.clients == {2: 1, 3: 0}
+
+
+def test_a_client_s_number_is_checked_before_it_is_sent() -> None:
+    def handle(message: Message, partition: int) -> Message:
+        task = Task.open(message, LAYOUT)
+        for number in (-1, 2**64):
+            with pytest.raises(ConfigError, match="client must be a number"):
+                task.reply(ZERO, examples=1, client=number)
+        return task.reply(ZERO, examples=1, client=np.int64(3))  # type: ignore[arg-type]
+
+    fedq = strategy()
+    state, _ = fedq.run_round(InlineGrid(handle, 1), fedq.initial(ZERO))
+    assert state.clients == {2: 3}
 
 
 def test_what_a_peer_says_is_fit_for_a_terminal() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from fedq import wire
 from fedq.errors import ConfigError, DecodeError
 from fedq.layout import Layout, Vector
-from fedq.random import SEED_BITS
+from fedq.random import SEED_BITS, derive
 
 
 class Codec(abc.ABC):
@@ -57,10 +57,28 @@ class Codec(abc.ABC):
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         """Decode a body; :class:`DecodeError` on anything ``_encode`` cannot have written."""
 
+    def client_seed(self, round_seed: int, client: int) -> int:
+        """Return the seed of a client's payload in a round; the server accepts no other.
+
+        32 bits of it, to be short on the wire. A codec whose clients draw together overrides this.
+
+        Args:
+          round_seed: From :func:`fedq.random.round_seed`, the same for all clients.
+          client: The client's number.
+        """
+        return derive(round_seed, client, "encode") >> 31
+
     @property
     def predictive(self) -> bool:
         """Whether a reference vector that both ends hold makes payloads shorter."""
         return False
+
+    def settle(self, x: Vector, previous: Vector, layout: Layout) -> Vector:
+        """Return what to encode for ``x`` once ``previous`` was decoded: near ``x``, and cheaper.
+
+        For a sender that keeps the difference, and sends again; all arguments are (d,) float32.
+        """
+        return x
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
         """Encode given a finite, contiguous (d,) reference; only asked of predictive codecs."""

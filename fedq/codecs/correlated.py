@@ -97,6 +97,12 @@ class Correlated(Codec):
     def _bits(self) -> int:
         return (self.levels - 1).bit_length()
 
+    def client_seed(self, round_seed: int, client: int) -> int:
+        """Return ``n q + client % n``: the clients of a round share q."""
+        return (
+            random.derive(round_seed, "correlated") >> 31
+        ) * self.clients + client % self.clients
+
     def max_body_bytes(self, layout: Layout) -> int:
         """Scales and packed codes."""
         groups = group_sizes(layout, self.scale, self.bucket).size

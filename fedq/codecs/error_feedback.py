@@ -58,6 +58,10 @@ class ErrorFeedback(Codec):
         """As ``inner``."""
         return self.inner.unbiased
 
+    def client_seed(self, round_seed: int, client: int) -> int:
+        """As ``inner``."""
+        return self.inner.client_seed(round_seed, client)
+
     def max_body_bytes(self, layout: Layout) -> int:
         """As ``inner``."""
         return self.inner.max_body_bytes(layout)

@@ -18,8 +18,10 @@ from fedq.codecs import Codec
 from fedq.codecs._bits import pack, unpack
 from fedq.codecs._groups import group_sizes, starts
 from fedq.codecs._rate import RateCodec
+from fedq.codecs.lattice import _steps
 from fedq.errors import ConfigError
 from fedq.feedback import compensate
+from fedq.random import SEED_BITS, round_seed
 from fedq.registry import fields, from_config, table, to_config
 
 CASES = [
@@ -120,6 +122,16 @@ def test_same_seed_same_bytes(codec):
     assert first == again
     decoded, elsewhere = codec.decode(first, layout), codec.decode(other, layout)
     assert np.array_equal(decoded, elsewhere) != draws(codec)
+
+
+@every_codec
+def test_a_client_has_a_seed_of_its_own_in_each_round(codec):
+    cohort = range(5)
+    seeds = [[codec.client_seed(round_seed(0, r), client) for client in cohort] for r in (1, 2)]
+    assert seeds == [[codec.client_seed(round_seed(0, r), c) for c in cohort] for r in (1, 2)]
+    assert len({seed for row in seeds for seed in row}) == 10
+    assert all(0 <= seed < 2**SEED_BITS for row in seeds for seed in row)
+    assert 0 <= codec.client_seed(round_seed(0, 1), 2**64 - 1) < 2**SEED_BITS
 
 
 def draws(codec: Codec) -> bool:
@@ -274,6 +286,50 @@ def test_only_its_own_reference_decodes(codec):
             codecs.decode(payload, MIXED, reference=wrong)
     with pytest.raises(DecodeError, match="differ"):
         codec.decode(whole, MIXED, reference=ours)
+
+
+@every_codec
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"d{layout.size}")
+def test_what_settles_stays_near_and_costs_no_more(codec, layout):
+    x, drift = normal(layout), np.float32(0.02) * normal(layout, seed=1)
+    previous = codec.decode(codec.encode(x, layout, 1), layout)
+    previous.flags.writeable = False
+    settled = codec.settle(x + drift, previous, layout)
+    assert settled.dtype == np.float32
+    assert ((settled == x + drift) | (settled == previous)).all()
+    assert np.array_equal(codec.settle(previous, previous, layout), previous)
+    if codec.predictive:
+        lengths = [
+            len(codec.encode(y, layout, 1, reference=previous)) for y in (settled, x + drift)
+        ]
+        assert lengths[0] <= lengths[1] + 2
+
+
+@pytest.mark.parametrize("scale", ["model", "tensor", "channel"])
+def test_a_lattice_moves_only_beyond_its_dead_zone(scale):
+    codec = build("codec", "lattice", step=0.5, margin=0.25, scale=scale)
+    x = normal(MIXED)
+    sent = codec.decode(codec.encode(x, MIXED), MIXED)
+    sizes = group_sizes(MIXED, scale, 0)
+    steps = _steps(codec._indices(sent, sizes), sizes)
+    for moved, stays in ((0.7, True), (-0.7, True), (0.8, False), (-0.8, False)):
+        y = sent.copy()
+        y[5] += moved * steps[5]
+        settled = codec.settle(y, sent, MIXED)
+        assert (settled[5] == sent[5]) == stays
+        assert np.array_equal(np.delete(settled, 5), np.delete(sent, 5))
+
+
+def test_steps_are_a_fixed_series_next_to_what_is_wanted():
+    codec = build("codec", "lattice", step=0.5)
+    seen = set()
+    for size in np.geomspace(1e-30, 1e30, 400):
+        x = (size * np.where(np.arange(64) % 2, 1, -1)).astype(np.float32)
+        (step,) = set(_steps(codec._indices(x, np.array([64])), np.array([64])))
+        assert 1.5**-0.5 * (1 - 1e-6) <= step / (0.5 * size) <= 1.5**0.5 * (1 + 1e-6)
+        mantissa, _ = np.frexp(step)
+        seen.add(mantissa)
+    assert seen == {0.5, 0.75}
 
 
 @pytest.mark.parametrize("codec", [case for case in CASES if case not in PREDICTIVE])
@@ -676,6 +732,11 @@ def test_scales_that_no_encoder_writes_are_refused(name, options, scale):
         # A mask of the wrong weight, a mask longer than the body.
         ({"name": "top_k", "fraction": 0.5}, b"\1\x07" + bytes(4)),
         ({"name": "top_k", "fraction": 0.5}, b"\xff\xff\x03" + bytes(3)),
+        # Steps out of range, a step short, a level that no side has.
+        ({"name": "lattice"}, np.array([257], "<i2").tobytes() + bytes(8)),
+        ({"name": "lattice"}, np.array([-401], "<i2").tobytes() + bytes(8)),
+        ({"name": "lattice"}, b"\0"),
+        ({"name": "lattice"}, bytes(2) + b"\xff" * 8),
         ({"name": "fp16"}, np.array([np.inf, 0, 0, 0], "<f2").tobytes()),
         ({"name": "bf16"}, b"\x80\x7f" + bytes(6)),
         ({"name": "identity"}, np.array([np.nan, 0, 0, 0], "<f4").tobytes()),
@@ -724,6 +785,9 @@ def test_payload_of_another_codec_is_refused():
         ("log", {"bits": 9}),
         ("codebook", {"bits": 9}),
         ("codebook", {"iterations": -1}),
+        ("lattice", {"step": 0.0}),
+        ("lattice", {"step": 5.0}),
+        ("lattice", {"margin": -0.1}),
         ("ternary", {"clip_sigma": -1.0}),
         ("top_k", {"fraction": 0.0}),
         ("top_k", {"fraction": 1.5}),
