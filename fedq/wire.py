@@ -26,6 +26,7 @@ import typing
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ FRAME_MAGIC, MESSAGE_MAGIC = b"fq", b"fQ"
 MAX_METADATA_BYTES = 1 << 16
 MAX_PARTS = 8
 _HEAD = struct.Struct("<2sBI")
+_MAX_EXPONENT = 400  # of a decimal that is a float
 _PREFIX_BYTES = 3  # magic and version: what the checksum covers before its own field
 
 
@@ -149,10 +151,20 @@ def _write_value(value: Any, hint: Any) -> bytes:
     if hint is bool:
         return bytes([value])
     if hint is int:
-        return varint(value << 1 if value >= 0 else (-value << 1) - 1)
-    if hint is float:
-        return struct.pack("<d", value)
+        return _zigzag(value)
+    if hint is float:  # in decimal, as options are short there
+        sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+        mantissa = int("".join(map(str, digits)))
+        return _zigzag(-mantissa if sign else mantissa) + _zigzag(int(exponent))
     raise TypeError(f"a codec field of type {hint} has no wire form")
+
+
+def _zigzag(value: int) -> bytes:
+    return varint(value << 1 if value >= 0 else (-value << 1) - 1)
+
+
+def _unzigzag(raw: int) -> int:
+    return raw >> 1 if raw & 1 == 0 else -((raw + 1) >> 1)
 
 
 def _read_spec(reader: Reader, group: str, depth: int = 0) -> Any:
@@ -188,11 +200,12 @@ def _read_value(reader: Reader, hint: Any, depth: int) -> Any:
     if hint is bool:
         return bool(reader.byte())
     if hint is int:
-        raw = reader.varint()
-        return raw >> 1 if raw & 1 == 0 else -((raw + 1) >> 1)
+        return _unzigzag(reader.varint())
     if hint is float:
-        value = struct.unpack("<d", reader.take(8))[0]
-        if not math.isfinite(value):
+        mantissa, exponent = _unzigzag(reader.varint()), _unzigzag(reader.varint())
+        if abs(exponent) > _MAX_EXPONENT or not math.isfinite(
+            value := float(f"{mantissa}e{exponent}")
+        ):
             raise DecodeError("a codec option is not finite")
         return value
     raise DecodeError(f"a codec field of type {hint} has no wire form")

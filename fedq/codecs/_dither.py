@@ -64,6 +64,21 @@ def classify(words, rows, columns, size, keep, start, place, index):  # type: ig
 
 
 @jit
+def expect(x, rows, columns, lost, noise):  # type: ignore[no-untyped-def]
+    """Return the sum of ``lost x^2 + noise`` over a tensor, both by index into the law."""
+    total = 0.0
+    n = 0
+    for r in range(rows.size):
+        for c in range(min(columns.size, x.size - n)):
+            scale = rows[r] + columns[c]
+            if scale >= -(1 << 11):
+                at = min(max(scale + HALF, 0), _INDICES - 1)
+                total += lost[at] * np.float64(x[n]) ** 2 + noise[at]
+            n += 1
+    return total
+
+
+@jit
 def shift(x, words, place, index, inverse, y):  # type: ignore[no-untyped-def]
     """Write ``x / step + u`` of the coordinates that are sent, in order."""
     m = 0

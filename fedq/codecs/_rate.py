@@ -135,9 +135,19 @@ class SteppedCodec(RateCodec):
         step = goal.solve(forecast, x)
         if step and goal.bits is not None:
             step = self._probe(x, layout, 0, goal.bits, step, forecast)
-        elif step and goal.error is not None and not self.unbiased:  # dither errs as forecast
+        elif step and goal.error is not None:
             step = self._probe(x, layout, 1, goal.error, step, forecast)
         return self._encode_at(x, layout, seed, step)
+
+    def _bits_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+        """Return the bits of encoding at a step."""
+        return 8.0 * len(self._encode_at(x, layout, seed, step))
+
+    def _error_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+        """Return the squared error of encoding at a step, or its expectation."""
+        body = self._encode_at(x, layout, seed, step)
+        error = self._decode(memoryview(body), layout, seed) - x.astype(np.float64)
+        return float(error @ error)
 
     def _probe(
         self, x: Vector, layout: Layout, what: int, target: float, step: float, forecast: Forecast
@@ -147,11 +157,8 @@ class SteppedCodec(RateCodec):
         largest = float(np.abs(x).max())
         sign = (-1.0, 1.0)[what]
         for probe in range(_PROBES):
-            body = self._encode_at(x, layout, ~probe, step)
-            measured = 8.0 * len(body)
-            if what:
-                error = self._decode(memoryview(body), layout, ~probe) - x.astype(np.float64)
-                measured = float(error @ error)
+            measure = self._error_at if what else self._bits_at
+            measured = measure(x, layout, ~probe, step)
             place, miss = math.log2(step), math.log2(max(measured, target / 1024) / target)
             if abs(miss) < 0.002:
                 break

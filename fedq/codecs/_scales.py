@@ -104,7 +104,7 @@ def law(sampling: bool, error: float) -> Law:
     p = keep / WHOLE
     ratio = sigma / p / multiplier
     bits = p * (0.5 * np.log2(1 + np.square(1.9 * ratio)) + 0.12 * np.minimum(1, ratio))
-    lost = error * np.square(multiplier) + np.square(sigma) * (1 / p - 1)
+    lost = p * error * np.square(multiplier) + np.square(sigma) * (1 / p - 1)
     return Law(keep, multiplier, bits, lost)
 
 

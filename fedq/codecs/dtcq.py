@@ -87,6 +87,20 @@ class DTCQ(SteppedCodec):
         profile = Profile(x, layout)
         return lambda step: profile.at(step).expect(self._law, step)
 
+    def _error_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+        """Return the expectation over dither and sampling: ``x^2 (1 / p - 1) + p error step^2``."""
+        step = float(np.float32(step))
+        scales, law = Profile(x, layout).at(step), self._law
+        p = law.keep / _scales.WHOLE
+        noise = p * ERROR[self.states] * np.square(law.multiplier * step)
+        total, start = 0.0, 0
+        for (size, _), rows, columns in zip(
+            _scales.geometry(layout), scales.rows, scales.columns, strict=True
+        ):
+            total += _dither.expect(x[start : start + size], rows, columns, 1 / p - 1, noise)
+            start += size
+        return total
+
     def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
         step = float(np.float32(step))
         head = struct.pack("<f", step)

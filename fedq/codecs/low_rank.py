@@ -28,8 +28,8 @@ _OVERSAMPLING = 8
 #: Steps that factors may have, as multiples of that of the rest.
 _WIDTHS = (0.5, 1.0, 2.0, 4.0)
 _LIMIT = 1 << 24
-#: What a bit is worth in squares of the step: the slope of the rest where all of it is sent.
-_WORTH = 0.36
+#: What a bit is worth in squares of the step; found on updates, between both kinds of rest.
+_WORTH = 0.2
 
 
 @register("codec", "low_rank")
@@ -234,7 +234,7 @@ class _Choice:
                 width = step * multiple
                 bits, noise = rest_bits, 0.0
                 for side in (self._left.shape[0], self._right.shape[1]):
-                    ratio = np.square(2.5 * self._size[:r] / width) / side
+                    ratio = np.square(4.1 * self._size[:r] / width) / side
                     bits += side * float(np.log2(1 + ratio).sum()) / 2
                     noise += side * float(
                         np.minimum(width**2 / 12, self._size[:r] ** 2 / side).sum()

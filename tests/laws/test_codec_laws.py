@@ -19,6 +19,7 @@ from fedq.codecs._bits import pack, unpack
 from fedq.codecs._groups import group_sizes, starts
 from fedq.codecs._rate import RateCodec
 from fedq.codecs.lattice import _steps
+from fedq.codecs.subset import Subset
 from fedq.errors import ConfigError
 from fedq.feedback import compensate
 from fedq.random import SEED_BITS, round_seed
@@ -188,7 +189,7 @@ def test_extremes_stay_finite_and_in_range(codec, kind, repeat):
     layout = Layout.flat(x.size)
     y = codec.decode(codec.encode(x, layout, seed=9), layout)
     assert np.isfinite(y).all()
-    if isinstance(codec, RateCodec):
+    if isinstance(codec, RateCodec | Subset):
         return  # at few bits, the error of what is unbiased may exceed the vector
     span = float(x.max()) - float(min(x.min(), 0))
     size = np.abs(y.astype(np.float64))
