@@ -61,7 +61,7 @@ class Eden(Codec):
       >>> codec = Eden(bits=2.0)
       >>> payload = codec.encode(x, layout, seed=1)
       >>> len(payload)
-      1297
+      1291
       >>> error = codec.decode(payload, layout) - x
       >>> 0.12 < float((error @ error) / (x @ x)) < 0.15
       True
