@@ -134,4 +134,4 @@ def test_warm_up_leaves_the_kernels_on_disk(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kept = {path.name.split("-")[0] for path in tmp_path.rglob("*.nbi")}
-    assert {"_uniform._quantize", "_bits._fill", "_range._run"} <= kept
+    assert {"_uniform._quantize", "_bits._fill", "_range._coder.locals.run"} <= kept

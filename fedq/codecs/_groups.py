@@ -75,7 +75,9 @@ def cuts(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _CUT, count))
 
 
-def pieces(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> Iterator[tuple[slice, Wide]]:
+def pieces(
+    values: NDArray[np.float32] | Wide, sizes: NDArray[np.int64]
+) -> Iterator[tuple[slice, Wide]]:
     """Yield what :func:`spread` returns, in slices, which keeps a decoder's memory small.
 
     >>> [(part.start, s.tolist()) for part, s in pieces(np.ones(2, "f4"), np.array([1, 2]))]

@@ -28,6 +28,7 @@ WHOLE = 512
 _LEAST = 8  # a row or a column of fewer coordinates has no scale of its own
 _FLAT = 1024  # vectors from this size on are folded into rows
 _LIMIT = 1 << 9
+_WORTH = 0.36  # of a bit, in squares of the step: the law's slope
 _KNEE = -4  # half octaves of sigma over step from which on all coordinates are sent
 
 
@@ -70,6 +71,11 @@ class Law:
         first = int(rows.min() + columns.min())
         at = np.clip(np.arange(counts.size) + first + HALF, 0, 2 * HALF - 1)
         return float(counts @ self.bits[at]), float(counts @ self.error[at])
+
+    def cost(self, rows: Index, columns: Index, side: float) -> float:
+        """Return expected error plus what bits are worth, in squares of the step."""
+        bits, error = self.expect(rows, columns)
+        return error + _WORTH * (bits + side)
 
 
 @cache
@@ -120,56 +126,103 @@ class Scales:
     Attributes:
       rows: One (rows,) int32 per tensor; :data:`DEAD` where a row is zero.
       columns: One (columns,) int32 per tensor; :data:`DEAD` where a column is zero.
+      bits: About what it takes to send them.
     """
 
     rows: list[Index]
     columns: list[Index]
+    bits: float = 0.0
 
     def expect(self, law: Law, step: float) -> tuple[float, float]:
         """Return expected bits and expected squared error of a vector of these scales."""
         parts = [law.expect(*part) for part in zip(self.rows, self.columns, strict=True)]
-        return sum(part[0] for part in parts), sum(part[1] for part in parts) * step * step
+        bits = self.bits + sum(part[0] for part in parts)
+        return bits, sum(part[1] for part in parts) * step * step
 
 
 class Profile:
     """Root mean squares of all rows and columns of a vector, as logarithms."""
 
     def __init__(self, x: Vector, layout: Layout) -> None:
-        self._rows, self._columns = [], []
+        self._tensors = []
         start = 0
         for size, width in geometry(layout):
-            part = x[start : start + size].astype(np.float64)
+            power = np.square(x[start : start + size], dtype=np.float64)
+            self._tensors.append(_Spread.of(power, width))
             start += size
-            count = -(-size // width)
-            padded = np.zeros((count, width))
-            padded.reshape(-1)[:size] = np.square(part)
-            tensor = part @ part / max(size, 1)
-            by_row, by_column = _scaled(size, width)
-            last = size - (count - 1) * width if size else width
-            rows = np.full(count, tensor)
-            if by_row:
-                rows = padded.sum(1) / np.where(np.arange(count) == count - 1, last, width)
-            columns = np.full(width, tensor)
-            if by_column:
-                columns = padded.sum(0) / np.where(np.arange(width) < last, count, count - 1)
-            with np.errstate(divide="ignore"):
-                self._rows.append(np.log2(rows))
-                self._columns.append(np.log2(columns) - np.log2(tensor) if tensor else columns)
 
-    def at(self, step: float) -> Scales:
-        """Return the scales for a step."""
-        shift = 2 * np.log2(step)
-        return Scales(
-            [_rounded(rows - shift) for rows in self._rows],
-            [_rounded(columns) for columns in self._columns],
-        )
+    def at(self, step: float, law: Law | None = None) -> Scales:
+        """Return the scales for a step; with a law, in as much detail as they are worth there."""
+        found = Scales([], [])
+        bits = 0.0
+        for tensor in self._tensors:
+            rows, columns, more = tensor.at(step, law)
+            found.rows.append(rows)
+            found.columns.append(columns)
+            bits += more
+        return Scales(found.rows, found.columns, bits)
 
 
-def _rounded(power: NDArray[np.float64]) -> Index:
+@dataclass(frozen=True)
+class _Spread:
+    """Scales of one tensor: log2 of its power, and offsets of rows and columns in each detail."""
+
+    power: float
+    rows: list[tuple[Index, float]]
+    columns: list[tuple[Index, float]]
+
+    @classmethod
+    def of(cls, power: NDArray[np.float64], width: int) -> _Spread:
+        """Return the scales of a tensor from its coordinates' squares."""
+        size = power.size
+        count = -(-size // width)
+        mean = float(power.mean()) if size else 0.0
+        if not mean:
+            none = np.full(count, DEAD, np.int32), 0.0
+            return cls(0.0, [none], [(np.full(width, DEAD, np.int32), 0.0)])
+        padded = np.zeros((count, width))
+        padded.reshape(-1)[:size] = power
+        last = size - (count - 1) * width
+        rows, columns = np.full(count, mean), np.full(width, mean)
+        by_row, by_column = _scaled(size, width)
+        if by_row:
+            rows = padded.sum(1) / np.where(np.arange(count) == count - 1, last, width)
+        if by_column:
+            columns = padded.sum(0) / np.where(np.arange(width) < last, count, count - 1)
+        return cls(float(np.log2(mean)), _details(rows / mean), _details(columns / mean))
+
+    def at(self, step: float, law: Law | None) -> tuple[Index, Index, float]:
+        """Return rows, columns and about the bits to send them."""
+        base = int(np.clip(np.rint(self.power - 2 * np.log2(step)), -_LIMIT, _LIMIT))
+
+        def shifted(rows: Index) -> Index:
+            return np.where(rows == DEAD, DEAD, base + rows).astype(np.int32)
+
+        (rows, row_bits), (columns, column_bits) = self.rows[0], self.columns[0]
+        if law is not None:
+            columns, column_bits = min(
+                self.columns, key=lambda detail: law.cost(shifted(rows), *detail)
+            )
+            rows, row_bits = min(
+                self.rows, key=lambda detail: law.cost(shifted(detail[0]), columns, detail[1])
+            )
+        return shifted(rows), columns, 8 + row_bits + column_bits
+
+
+def _details(ratio: NDArray[np.float64]) -> list[tuple[Index, float]]:
+    """Return offsets in half octaves, rounded ever more coarsely, and about their bits."""
+    with np.errstate(divide="ignore"):
+        power = np.log2(ratio)
     live = np.isfinite(power)
-    index = np.full(power.shape, DEAD, np.int32)
-    index[live] = np.clip(np.rint(power[live]), -_LIMIT, _LIMIT)
-    return index
+    found = []
+    for grain in (1, 2, 4, 2 * _LIMIT):
+        index = np.full(power.shape, DEAD, np.int32)
+        index[live] = np.clip(grain * np.rint(power[live] / grain), -_LIMIT, _LIMIT)
+        counts = np.unique(index, return_counts=True)[1]
+        found.append((index, float(counts @ np.log2(index.size / counts)) + 4 * counts.size))
+        if counts.size == 1:
+            break
+    return found
 
 
 def _scaled(size: int, width: int) -> tuple[bool, bool]:

@@ -85,12 +85,13 @@ class DTCQ(SteppedCodec):
 
     def _forecast(self, x: Vector, layout: Layout) -> Forecast:
         profile = Profile(x, layout)
-        return lambda step: profile.at(step).expect(self._law, step)
+        return lambda step: profile.at(step, self._law).expect(self._law, step)
 
     def _error_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
         """Return the expectation over dither and sampling: ``x^2 (1 / p - 1) + p error step^2``."""
         step = float(np.float32(step))
-        scales, law = Profile(x, layout).at(step), self._law
+        law = self._law
+        scales = Profile(x, layout).at(step, law)
         p = law.keep / _scales.WHOLE
         noise = p * ERROR[self.states] * np.square(law.multiplier * step)
         total, start = 0.0, 0
@@ -106,7 +107,7 @@ class DTCQ(SteppedCodec):
         head = struct.pack("<f", step)
         if not step:
             return head
-        scales = Profile(x, layout).at(step)
+        scales = Profile(x, layout).at(step, self._law)
         side = _scales.encode(scales, layout)
         plan = _Plan.of(self, scales, layout, seed, step)
         y = np.empty(plan.sent, np.float32)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedq.codecs import _integers
 from fedq.codecs._bits import packed_bytes
-from fedq.codecs._groups import group_sizes, starts, to_float32
+from fedq.codecs._groups import group_sizes, pieces, starts, to_float32
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
 from fedq.layout import Layout, Vector
@@ -130,12 +130,14 @@ class Lattice(Codec):
         indices = np.frombuffer(head, "<i2")
         if indices.size and not _INDICES[0] <= indices.min() <= indices.max() <= _INDICES[1]:
             raise DecodeError("a step is out of range")
-        steps = _steps(indices, sizes)
-        centre = _centre(reference, steps)
+        centre = _TOP if reference is None else _centre(reference, _steps(indices, sizes))
         codes = _integers.decode(rest, layout, _BITS, centre=centre)
         if (codes > 2 * _TOP).any():
             raise DecodeError("a level is out of range")
-        return to_float32((codes - float(_TOP)) * steps)
+        y = np.empty(layout.size, np.float32)
+        for part, steps in pieces(_step(indices), sizes):
+            y[part] = to_float32((codes[part] - float(_TOP)) * steps)
+        return y
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
         return self._encode(x, layout, seed, reference)
@@ -146,9 +148,13 @@ class Lattice(Codec):
         return self._decode(body, layout, seed, reference)
 
 
-def _steps(indices: NDArray[np.int16], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+def _step(indices: NDArray[np.int16]) -> NDArray[np.float64]:
     mantissa = np.where(indices % 2, 1.5, 1.0)
-    return np.repeat(np.ldexp(mantissa, indices.astype(np.int32) // 2), sizes)
+    return np.ldexp(mantissa, indices.astype(np.int32) // 2)
+
+
+def _steps(indices: NDArray[np.int16], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.repeat(_step(indices), sizes)
 
 
 def _codes(x: Vector, steps: NDArray[np.float64]) -> NDArray[np.int32]:

@@ -29,7 +29,7 @@ _OVERSAMPLING = 8
 _WIDTHS = (0.5, 1.0, 2.0, 4.0)
 _LIMIT = 1 << 24
 #: What a bit is worth in squares of the step; found on updates, between both kinds of rest.
-_WORTH = 0.2
+_WORTH = 0.12
 
 
 @register("codec", "low_rank")
