@@ -423,7 +423,10 @@ def _work(
         at = done % QUEUED_PER_WORKER * slot
         if fits := len(outcome) <= slot:
             replies[at : at + len(outcome)] = outcome
-        pipe.send((number, at, len(outcome), b"" if fits else outcome))
+        try:
+            pipe.send((number, at, len(outcome), b"" if fits else outcome))
+        except OSError:  # the server is gone
+            os._exit(0)
 
 
 def _keep_freed_memory() -> None:
