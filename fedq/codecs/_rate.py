@@ -162,12 +162,14 @@ class SteppedCodec(RateCodec):
             place, miss = math.log2(step), math.log2(max(measured, target / 1024) / target)
             if abs(miss) < 0.002:
                 break
-            if known is not None and abs(place - known[0]) > 1e-6 and miss != known[1]:
-                slope = (miss - known[1]) / (place - known[0])
-            else:
-                near, far = forecast(step)[what], forecast(step * 1.1)[what]
-                slope = math.log2(far / near) / math.log2(1.1) if 0 < far != near > 0 else sign
-            known = place, miss
+            # Scales are in half octaves: a forecast has no slope over less.
+            near, far = forecast(step)[what], forecast(2 * step)[what]
+            slope = math.log2(far / near) if near > 0 and far > 0 else sign
             slope = sign * min(max(sign * slope, 0.2), 4.0)
+            if known is not None and abs(place - known[0]) > 1e-6:
+                secant = (miss - known[1]) / (place - known[0])
+                if 0.4 < secant / slope < 2.5:  # else what lies between is no line
+                    slope = secant
+            known = place, miss
             step = _bounded(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), largest)
         return step

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import random, wire
-from fedq.codecs._groups import to_float32
+from fedq.codecs._groups import cuts, to_float32
 from fedq.codecs._rate import Goal, SteppedCodec
 from fedq.codecs.base import Codec
 from fedq.codecs.dtcq import DTCQ
@@ -52,7 +52,7 @@ class Subset(Codec):
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"fraction": 0.7, "inner": {"name": "uniform", "bits": 4, "rounding": "dithered"}},
+        {"fraction": 0.7, "inner": "ternary"},
         {"bits": 1.5},
     )
 
@@ -127,7 +127,9 @@ class Subset(Codec):
         if len(rest) > self.inner.max_body_bytes(inner):
             raise DecodeError(f"payload is too long for {inner.size} coordinates")
         part = self.inner._decode(rest, inner, random.derive(seed, "subset", "inner"))
-        y[mask] = to_float32(part.astype(np.float64) * (blocks / sent))
+        for cut in cuts(part.size):
+            part[cut] = to_float32(part[cut].astype(np.float64) * (blocks / sent))
+        y[mask] = part
         return y
 
 
