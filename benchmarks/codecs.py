@@ -75,7 +75,7 @@ FRONTIER: list[tuple[str, Options]] = [
     ("sign", {}),
     *_sweep("codebook", "bits", (1, 2, 4)),
     *(("blockwise", {"code": code}) for code in ("nf4", "fp4", "dynamic8")),
-    *(("uniform", {"entropy": entropy}) for entropy in ("max", "fast", "range", "packed")),
+    *(("uniform", {"entropy": entropy}) for entropy in ("max", "fast", "packed")),
 ]
 
 

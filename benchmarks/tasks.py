@@ -60,17 +60,14 @@ def _feedback(inner: Config) -> Config:
 CELLS: list[tuple[Config, Config]] = [
     (FLOAT, FLOAT),
     (JOB["codec"], FLOAT),
-    *(({"name": "dtcq", "bits": bits}, FLOAT) for bits in (1.0, 0.4, *BITS)),
     *(({"name": "low_rank", "bits": bits}, FLOAT) for bits in (0.4, *BITS)),
+    *(({"name": "dtcq", "bits": bits}, FLOAT) for bits in (0.4, *BITS[:2])),
     *(({"name": "eden", "bits": bits}, FLOAT) for bits in (1.0, *BITS)),
-    *(({"name": "subset", "inner": {"name": "dtcq"}, "bits": bits}, FLOAT) for bits in BITS),
-    *(({"name": "rdo_tcq", "bits": bits}, FLOAT) for bits in (0.2, *BITS)),
+    *(({"name": "low_rank", "inner": "rdo_tcq", "bits": bits}, FLOAT) for bits in BITS[:2]),
     (_feedback({"name": "top_k", "fraction": 0.01}), FLOAT),
-    (_feedback({"name": "top_k", "fraction": 0.001}), FLOAT),
-    ({"name": "sign"}, FLOAT),
     (_feedback({"name": "sign"}), FLOAT),
     (FLOAT, JOB["downlink"]),
-    *(({"name": "dtcq", "bits": bits}, JOB["downlink"]) for bits in BITS[:2]),
+    *(({"name": "low_rank", "bits": bits}, JOB["downlink"]) for bits in (0.2, 0.1)),
 ]
 
 
