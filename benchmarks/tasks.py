@@ -60,13 +60,12 @@ def _feedback(inner: Config) -> Config:
 CELLS: list[tuple[Config, Config]] = [
     (FLOAT, FLOAT),
     (JOB["codec"], FLOAT),
-    *(({"name": "low_rank", "bits": bits}, FLOAT) for bits in (0.4, *BITS)),
-    *(({"name": "dtcq", "bits": bits}, FLOAT) for bits in (0.4, *BITS[:2])),
-    *(({"name": "eden", "bits": bits}, FLOAT) for bits in (1.0, *BITS)),
-    *(({"name": "low_rank", "inner": "rdo_tcq", "bits": bits}, FLOAT) for bits in BITS[:2]),
+    *(({"name": "low_rank", "bits": bits}, FLOAT) for bits in BITS),
+    ({"name": "dtcq", "bits": 0.1}, FLOAT),
+    *(({"name": "eden", "bits": bits}, FLOAT) for bits in BITS),
+    ({"name": "low_rank", "inner": "rdo_tcq", "bits": 0.1}, FLOAT),
     (_feedback({"name": "top_k", "fraction": 0.01}), FLOAT),
     (_feedback({"name": "sign"}), FLOAT),
-    (FLOAT, JOB["downlink"]),
     *(({"name": "low_rank", "bits": bits}, JOB["downlink"]) for bits in (0.2, 0.1)),
 ]
 

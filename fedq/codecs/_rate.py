@@ -22,6 +22,7 @@ Forecast = Callable[[float], tuple[float, float]]
 _FINEST = 2.0**-20
 _SMALLEST, _LARGEST = 1e-44, 2.0**125
 _PROBES = 3
+_CLOSE = 0.01  # octaves; nothing is gained by another probe
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class SteppedCodec(RateCodec):
             measure = self._error_at if what else self._bits_at
             measured = measure(x, layout, ~probe, step)
             place, miss = math.log2(step), math.log2(max(measured, target / 1024) / target)
-            if abs(miss) < 0.002:
+            if abs(miss) < _CLOSE:
                 break
             # Scales are in half octaves: a forecast has no slope over less.
             near, far = forecast(step)[what], forecast(2 * step)[what]
