@@ -92,6 +92,13 @@ def pieces(
         yield part, np.repeat(values[first : last + 1].astype(np.float64), counts)
 
 
+def scaled(values: Vector, factor: float) -> Vector:
+    """Return float32 values times a factor, saturated; the values' memory is used again."""
+    for part in cuts(values.size):
+        values[part] = to_float32(values[part].astype(np.float64) * factor)
+    return values
+
+
 def floats_bytes(values: NDArray[np.float32]) -> bytes:
     """Serialise little-endian float32."""
     return values.astype("<f4").tobytes()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import random
-from fedq.codecs._groups import to_float32
+from fedq.codecs._groups import scaled
 from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError
@@ -86,9 +86,9 @@ class RandomK(Codec):
 
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         drawn = self._drawn(layout)
-        values = self.inner._decode(body, drawn, _inner_seed(seed)).astype(np.float64)
+        values = self.inner._decode(body, drawn, _inner_seed(seed))
         y = np.zeros(layout.size, np.float32)
-        y[self._mask(layout, seed)] = to_float32(values * layout.size / max(drawn.size, 1))
+        y[self._mask(layout, seed)] = scaled(values, layout.size / max(drawn.size, 1))
         return y
 
 

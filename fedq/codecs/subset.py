@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import random, wire
-from fedq.codecs._groups import cuts, to_float32
+from fedq.codecs._groups import scaled
 from fedq.codecs._rate import Goal, SteppedCodec
 from fedq.codecs.base import Codec
 from fedq.codecs.dtcq import DTCQ
@@ -127,9 +127,7 @@ class Subset(Codec):
         if len(rest) > self.inner.max_body_bytes(inner):
             raise DecodeError(f"payload is too long for {inner.size} coordinates")
         part = self.inner._decode(rest, inner, random.derive(seed, "subset", "inner"))
-        for cut in cuts(part.size):
-            part[cut] = to_float32(part[cut].astype(np.float64) * (blocks / sent))
-        y[mask] = part
+        y[mask] = scaled(part, blocks / sent)
         return y
 
 

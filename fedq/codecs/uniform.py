@@ -16,6 +16,7 @@ from fedq.codecs._groups import (
     group_sizes,
     largest,
     means,
+    pieces,
     read_floats,
     read_scales,
     starts,
@@ -215,17 +216,20 @@ class _Grid:
         if self.packed:
             return 0, None
         sizes, offset, step, zero, top = self.levels
-        expected = 0.0 if reference is None else reference
-        divisor = np.repeat(np.where(step > 0, step, 1.0), sizes)
-        t = (expected - np.repeat(offset, sizes)) / divisor
-        t = np.where(np.repeat(step > 0, sizes), t, 0.0) + zero
-        if not self.dithered or self.words is None:
-            return np.clip(np.rint(t), 0, top).astype(np.int32), None
-        t += (self.words + 0.5) * 2.0**-32
-        centre = np.floor(t)
-        place = np.minimum((t - centre) * 1024, 1023)  # t - centre may round up to 1
-        side = _side_table()[place.astype(np.int64)]
-        return np.clip(centre, 0, top).astype(np.int32), side
+        centre = np.empty(int(sizes.sum()), np.int32)
+        side = np.empty(centre.size if self.dithered else 0, np.uint8)
+        for (part, s), (_, o) in zip(pieces(step, sizes), pieces(offset, sizes), strict=True):
+            expected = 0.0 if reference is None else reference[part]
+            t = np.where(s > 0, (expected - o) / np.where(s > 0, s, 1.0), 0.0) + zero
+            if self.dithered and self.words is not None:
+                t += (self.words[part] + 0.5) * 2.0**-32
+                place = np.minimum((t - np.floor(t)) * 1024, 1023)  # it may round up to 1
+                side[part] = _side_table()[place.astype(np.int64)]
+                t = np.floor(t)
+            else:
+                t = np.rint(t)
+            centre[part] = np.clip(t, 0, top)
+        return centre, side if self.dithered else None
 
 
 @cache

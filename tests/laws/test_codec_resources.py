@@ -30,22 +30,8 @@ LAYOUT = Layout(("weight", "bias"), ((512, 511), (512,)))  # 2**18 coordinates
 FIXED_BYTES = 1 << 19
 #: Bytes that decoding may allocate, in float32 vectors of the layout: four, and a copy of the body.
 ALLOWED = 4.5
-#: Codecs that take more today: a debt to be paid, which must not grow. Those marked P owe it to
-#: packed codes, each of which takes 16 bytes while it is unpacked.
-OWED = {
-    "blockwise": 9.0,  # P
-    "codebook": 7.0,  # P
-    "correlated": 11.5,  # P, and levels of all coordinates in float64
-    "error_feedback": 15.5,  # as uniform
-    "log": 9.0,  # P
-    "natural": 8.0,  # P
-    "qsgd": 7.0,  # P
-    "random_k": 12.0,  # as uniform, and the random words
-    "sign": 6.0,  # P
-    "stc": 7.0,  # P
-    "ternary": 7.0,  # P
-    "uniform": 17.5,  # P, and dither, step and level of all coordinates in float64
-}
+#: Codecs that take more today: a debt to be paid, which must not grow.
+OWED = {"correlated": 6.0}  # levels of all coordinates in float64
 
 
 def laplace(size: int) -> np.ndarray:
