@@ -66,16 +66,27 @@ def _bounded(step: float, largest: float) -> float:
 
 
 def _bisect(value: Callable[[float], float], target: float, x: Vector, sign: int) -> float:
-    """Return the step at which a monotone function (rising if ``sign`` > 0) meets the target."""
+    """Return the step at which a monotone function (rising if ``sign`` > 0) meets the target.
+
+    Half octaves are searched, as scales are rounded to them; between two, logarithms are straight.
+    """
     unit = math.sqrt(float(np.square(x, dtype=np.float64).mean()))
-    low, high = math.log2(unit) - 24, math.log2(unit) + 12
-    for _ in range(24):
-        middle = (low + high) / 2
-        if (value(2.0**middle) < target) == (sign > 0):
+
+    def at(place: int) -> float:
+        return value(unit * 2.0 ** (place / 2))
+
+    low, high = -48, 24
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (at(middle) < target) == (sign > 0):
             low = middle
         else:
             high = middle
-    return float(2.0 ** ((low + high) / 2))
+    ends = at(low), at(high)
+    share = 0.5
+    if min(ends) > 0 and ends[0] != ends[1]:
+        share = math.log2(target / ends[0]) / math.log2(ends[1] / ends[0])
+    return float(unit * 2.0 ** ((low + min(max(share, 0.0), 1.0)) / 2))
 
 
 class RateCodec(Codec):

@@ -71,11 +71,16 @@ def _rates(
 
 @cache
 def law() -> _scales.Law:
-    """Return a rough forecast of bits and error by half octave of sigma over step."""
+    """Return a rough forecast of bits and error by half octave of sigma over step.
+
+    Reverse water-filling, softened: what is small against the level of 0.3 step^2 costs no bits
+    and is lost, what is large is known to within it.
+    """
     power = np.square(_scales._half_octaves(np.arange(-_scales.HALF, _scales.HALF)))
     even = np.ones(power.size)
-    bits = 0.5 * np.log2(1 + 2.2 * power)
-    error = power / (1 + 3.8 * power)
+    level = power / 0.3
+    bits = 0.25 * np.log2(1 + level**2)
+    error = power / np.sqrt(1 + level**2)
     return _scales.Law(even.astype(np.int64) * _scales.WHOLE, even, bits, error)
 
 

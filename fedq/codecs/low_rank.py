@@ -29,7 +29,7 @@ _OVERSAMPLING = 8
 _WIDTHS = (0.5, 1.0, 2.0, 4.0)
 _LIMIT = 1 << 24
 #: What a bit is worth in squares of the step; found on updates, between both kinds of rest.
-_WORTH = 0.12
+_WORTH = 0.2
 
 
 @register("codec", "low_rank")
@@ -212,8 +212,8 @@ class _Choice:
         self._forecasts: dict[int, tuple[float, Forecast]] = {}
         layout = Layout(("rest",), (matrix.shape,))
         rest, done = matrix.copy(), 0
-        for r in [0, *(2**k for k in range(rank.bit_length())), rank]:
-            if r > done or not r:
+        for r in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, rank):
+            if done < r <= rank or not r:
                 part = slice(done, r)
                 rest -= (self._left[:, part] * self._size[part]) @ self._right[part]
                 done = r
