@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="check this machine", description="Check this machine.", allow_abbrev=False
     )
     doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.add_argument(
+        "--compile", action="store_true", help="compile all kernels now, before a device needs them"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -300,6 +303,10 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
 
     from fedq import doctor
 
+    if options.compile:
+        from fedq import jit
+
+        jit.warm_up()
     checks = doctor.check()
     if options.json:
         print(doctor.to_json(checks))

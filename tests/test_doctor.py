@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedq import doctor
+from fedq import cli, doctor
 from fedq.doctor import Check
 
 CORE = {"cryptography", "flwr", "hydra-core", "numba", "numpy", "safetensors", "torch"}
@@ -217,3 +217,14 @@ def test_render_shows_every_remedy() -> None:
         for part in (item.name, item.status, item.detail, item.remedy):
             assert part in text
     assert "\x1b" not in text
+
+
+def test_compile_warms_the_kernels_up_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("fedq.jit.warm_up", lambda: done.append("kernels"))
+    monkeypatch.setattr("fedq.doctor.check", lambda: done.append("checks") or [])
+    assert cli.main(["doctor", "--compile", "--json"]) == 0
+    assert done == ["kernels", "checks"]
+    capsys.readouterr()
