@@ -69,6 +69,7 @@ class Task:
       state: (s,) float32.
       codec: How to encode the delta.
       kept: Whether the weights are in the store, for the next request to build on.
+      moved: (d,) float32, the weights minus those of the base; an update may be coded beside it.
     """
 
     message: Message
@@ -79,6 +80,7 @@ class Task:
     state: Vector
     codec: Codec
     kept: bool = False
+    moved: Vector | None = None
 
     @classmethod
     def open(
@@ -130,6 +132,9 @@ class Task:
         if kept:
             assert store is not None
             store.keep_model(int(metadata["round"]), weights)
+        moved = None
+        if reference is not None and metadata.get("context") is True:
+            moved = weights - reference
         return cls(
             message,
             metadata,
@@ -139,6 +144,7 @@ class Task:
             Identity().decode(envelope.parts[1], state_layout),
             registry.from_config("codec", metadata.get("codec")),
             kept,
+            moved,
         )
 
     @property
@@ -175,18 +181,23 @@ class Task:
             raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
         client = int(client)  # of NumPy, too
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
+        beside = self.moved if self.codec.predictive else None
         if isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
             residual = store.residual(client, self.round, self.layout)
-            payload, residual = compensate(self.codec, delta, residual, self.layout, seed)
+            payload, residual = compensate(
+                self.codec, delta, residual, self.layout, seed, reference=beside
+            )
             store.keep_residual(client, self.round, residual)
         else:
-            payload = self.codec.encode(delta, self.layout, seed)
+            payload = self.codec.encode(delta, self.layout, seed, reference=beside)
         record = Identity().encode(self.state if state is None else state, self.state_layout)
         metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
+        if beside is not None:
+            metadata["context"] = self.metadata["base"]
         if self.kept:
             metadata["kept"] = True
         return _answer(self.message, wire.Envelope(metadata, [payload, record]))

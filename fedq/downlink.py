@@ -92,7 +92,7 @@ class Downlink:
         """Return what to send of a model after the last one that was sent."""
         if not broadcasts.sent:
             return weights
-        last = self._base(broadcasts, max(broadcasts.sent))
+        last = self.sent(broadcasts, max(broadcasts.sent))
         return self.codec.settle(weights, last, self.layout)
 
     def whole(self, weights: Vector, seed: int) -> bytes:
@@ -101,10 +101,11 @@ class Downlink:
 
     def changes(self, weights: Vector, seed: int, broadcasts: Broadcasts, base: int) -> bytes:
         """Encode a model for a client that holds the one of round ``base``."""
-        reference = self._base(broadcasts, base)
+        reference = self.sent(broadcasts, base)
         return self.codec.encode(weights, self.layout, seed, reference=reference)
 
-    def _base(self, broadcasts: Broadcasts, base: int) -> Vector:
+    def sent(self, broadcasts: Broadcasts, base: int) -> Vector:
+        """Return the model of round ``base`` as clients decoded it, (d,) float32."""
         if base == INITIAL:
             assert self.initial is not None
             return self.initial

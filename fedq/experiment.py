@@ -57,6 +57,8 @@ class Experiment:
       round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
       downlink_history: Rounds for which the server remembers what it sent, so that a client which
         still holds a model gets only the changes; 0 sends the whole model always.
+      uplink_context: Whether a client which gets changes alone codes its update beside them, if the
+        codec is one that can.
       decode_threads: Threads of the server that decode replies; 0 is one per usable core, 4
         at most.
       evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.
@@ -83,6 +85,7 @@ class Experiment:
     quorum: float
     round_deadline_s: float | None
     downlink_history: int
+    uplink_context: bool
     decode_threads: int
     evaluate_every: int
     baseline: bool

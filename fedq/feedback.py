@@ -10,7 +10,13 @@ from fedq.layout import Layout, Vector
 
 
 def compensate(
-    codec: ErrorFeedback, x: Vector, residual: Vector | None, layout: Layout, seed: int
+    codec: ErrorFeedback,
+    x: Vector,
+    residual: Vector | None,
+    layout: Layout,
+    seed: int,
+    *,
+    reference: Vector | None = None,
 ) -> tuple[bytes, Vector]:
     """Encode an update together with what earlier rounds lost.
 
@@ -24,6 +30,7 @@ def compensate(
       residual: (d,) float32 of the same device, or None in its first round.
       layout: Names and shapes of the d coordinates.
       seed: As for :meth:`fedq.codecs.Codec.encode`.
+      reference: As there.
 
     Returns:
       The payload, and the new residual, (d,) float32.
@@ -51,5 +58,5 @@ def compensate(
                 f"expected update and residual of shape ({layout.size},), not {shapes}"
             )
         target += np.float32(codec.decay) * residual
-    payload = codec.encode(target, layout, seed)
-    return payload, target - codec.decode(payload, layout)
+    payload = codec.encode(target, layout, seed, reference=reference)
+    return payload, target - codec.decode(payload, layout, reference=reference)

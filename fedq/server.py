@@ -98,6 +98,7 @@ class _Server:
             deadline_s=experiment.round_deadline_s,
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
+            uplink_context=experiment.uplink_context,
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
 

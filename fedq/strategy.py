@@ -124,6 +124,7 @@ class Update:
     state: bytes | memoryview
     weight: float
     loss: float | None
+    beside: Vector | None = None  #: how the model moved since the client's base, if that helped
 
 
 class FedQ(Strategy):
@@ -155,6 +156,7 @@ class FedQ(Strategy):
       history: Rounds for which the server remembers what it sent; 0 sends the whole model always.
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
+      uplink_context: Whether a client codes its delta beside how the model moved since its base.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -181,6 +183,7 @@ class FedQ(Strategy):
         history: int = 16,
         initial: Vector | None = None,
         threads: int = 1,
+        uplink_context: bool = False,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -195,6 +198,7 @@ class FedQ(Strategy):
         self.quorum = quorum
         self.deadline_s = deadline_s
         self.threads = threads
+        self.uplink_context = uplink_context and codec.predictive
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -229,13 +233,15 @@ class FedQ(Strategy):
         whole = self.downlink.whole(weights, seed)
         blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
-        messages = []
+        messages, context = [], _Context(self.downlink, before.broadcasts, whole)
         for node in nodes:
             base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
                 changes = self.downlink.changes(weights, seed, before.broadcasts, base)
                 blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
+            if self.uplink_context and base is not None and blobs[base] is not blobs[None]:
+                context.offered[node] = base
             report.downlink_bytes += len(blobs[base])
             messages.append(
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
@@ -250,6 +256,7 @@ class FedQ(Strategy):
             strangers=set(before.broadcasts.strangers),
             claims=self._claims(before),
             whole=whole,
+            context=context,
             start=start,
         )
 
@@ -299,6 +306,8 @@ class FedQ(Strategy):
             metadata["keep"] = True
         if base is not None:
             metadata["base"] = base
+            if self.uplink_context:
+                metadata["context"] = True
         state = Identity().encode(before.state, self.state_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
@@ -441,7 +450,8 @@ class FedQ(Strategy):
             raise DecodeError("claims a loss that is no sane number")
         if len(message.parts) != 2:
             raise DecodeError(f"{len(message.parts)} parts instead of 2")
-        frame = wire.open_frame(message.parts[0], self.layout)
+        beside = current.context.claim(node, metadata.get("context"))
+        frame = wire.open_frame(message.parts[0], self.layout, beside)
         if frame.codec != self.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
         client = current.claims.claim(node, metadata.get("client"))
@@ -451,12 +461,12 @@ class FedQ(Strategy):
             raise RejectedError("seed", f"not the one of client {client} in this round")
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
         loss = None if loss is None else float(loss)
-        return Update(slot, frame, message.parts[1], weight, loss)
+        return Update(slot, frame, message.parts[1], weight, loss, beside)
 
     def _decode(self, update: Update) -> tuple[Vector, Vector]:
         """Return an update's delta and state; safe in several threads."""
         try:
-            delta = decode_frame(update.delta, self.layout)
+            delta = decode_frame(update.delta, self.layout, update.beside)
             state = Identity().decode(update.state, self.state_layout)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
@@ -567,6 +577,35 @@ class _Claims:
 
 
 @dataclass
+class _Context:
+    """What the updates of a round may be coded beside: how the model moved since each base.
+
+    Attributes:
+      offered: By node, the base that it was asked to use.
+    """
+
+    downlink: Downlink
+    broadcasts: Broadcasts
+    whole: bytes
+    offered: dict[int, int] = field(default_factory=dict)
+    _moved: dict[int, Vector] = field(default_factory=dict)  # by base: few, whatever the clients
+
+    @cached_property
+    def _model(self) -> Vector:
+        return self.downlink.codec.decode(self.whole, self.downlink.layout)
+
+    def claim(self, node: int, base: object) -> Vector | None:
+        """Return what a node says that it used, if it may."""
+        if base is None:
+            return None
+        if isinstance(base, bool) or not isinstance(base, int) or self.offered.get(node) != base:
+            raise DecodeError(f"coded beside round {base!r}, which it was not asked to use")
+        if base not in self._moved:
+            self._moved[base] = self._model - self.downlink.sent(self.broadcasts, base)
+        return self._moved[base]
+
+
+@dataclass
 class _Round:
     """A round under way."""
 
@@ -578,6 +617,7 @@ class _Round:
     strangers: set[int]
     claims: _Claims
     whole: bytes
+    context: _Context
     start: float
 
     def answer(self, reply: Message) -> tuple[int, int | None]:

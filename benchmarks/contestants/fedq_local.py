@@ -41,6 +41,7 @@ def strategy(experiment: Experiment) -> tuple[FedQ, np.ndarray, np.ndarray]:
         seed=experiment.seed,
         task={**spec, "training": training},
         history=experiment.downlink_history,
+        uplink_context=experiment.uplink_context,
     )
     return fedq, trainer.weights(), trainer.state()
 

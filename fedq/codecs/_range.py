@@ -3,7 +3,8 @@
 An integer is a short string of binary decisions: is it zero, which sign, is the magnitude above 1,
 2, ... (unary), and from 12 on an Exp-Golomb code. Each decision has five contexts drawn from what
 both ends know already: running magnitudes of the column above and of the row to the left, nearest
-neighbours, the caller's side information, and a prediction. The prediction is rank one, as
+neighbours, the caller's side information, and a prediction; where the caller has hints, they take
+the place of the context that tells least. The prediction is rank one, as
 gradients of a few samples are nearly (row ~ slope x running column factor). Each context keeps a
 bias; the logit of a decision is the sum of its five, and a step of gradient descent on the code
 length corrects all five at once (online logistic regression; Mahoney 2005, "Adaptive weighing of
@@ -41,6 +42,8 @@ MAX_MAGNITUDE = 1 << 24
 SIDE_BINS, SIDE_FLIP = 16, 16
 #: ``+ ODD_BELOW`` (``+ ODD_ABOVE``) if a value <= 0 (> 0) takes the other branch of the trellis.
 ODD_BELOW, ODD_ABOVE = 32, 64
+#: What a hint says of an integer: a size below HINT_SIZES, ``+ HINT_POSITIVE`` for its sign.
+HINT_SIZES, HINT_POSITIVE = 8, 8
 #: The integer is zero and costs nothing: both ends know.
 SKIP = 128
 
@@ -238,7 +241,7 @@ def _coder(decoding: bool) -> Any:
     """
 
     @jit
-    def run(values, side, table, trellis, sizes, columns, state, buffer, model, tables):  # type: ignore[no-untyped-def]
+    def run(values, side, table, hint, trellis, sizes, columns, state, buffer, model, tables):  # type: ignore[no-untyped-def]
         """Code all tensors; return the state at the end and whether all escapes were sound."""
         levels, classes, strengths = tables
         n = 0
@@ -264,6 +267,9 @@ def _coder(decoding: bool) -> Any:
                         continue
                     bin_ = known & (SIDE_BINS - 1)
                     flip = -1 if known & SIDE_FLIP else 1
+                    hinted = int(hint[n]) if hint.size else 0
+                    size = hinted & (HINT_SIZES - 1)
+                    toward = size + HINT_SIZES * (1 if (hinted != size) == (flip > 0) else 0)
                     c3 = int(classes[slow >> 4])
                     c2 = int(classes[(fast + slow) >> 5])
                     c1 = int(classes[above[j] >> 4]) if row else c2
@@ -283,7 +289,7 @@ def _coder(decoding: bool) -> Any:
                         _ZERO + c1 * _CLASSES + c2,
                         _ZERO + _WIDE + cm * SIDE_BINS + bin_,
                         _ZERO + 2 * _WIDE + near,
-                        _ZERO + 3 * _WIDE + c3,
+                        _ZERO + 3 * _WIDE + (size * _CLASSES + cm if hint.size else c3),
                         _ZERO + 4 * _WIDE + lean * 4 + (bin_ >> 2),
                         state,
                         buffer,
@@ -297,7 +303,7 @@ def _coder(decoding: bool) -> Any:
                             _SIGN + cm * SIDE_BINS + bin_,
                             _SIGN + _WIDE + 13 + signs * flip,
                             _SIGN + 2 * _WIDE + lean,
-                            _SIGN + 3 * _WIDE + near,
+                            _SIGN + 3 * _WIDE + (toward * _CLASSES + cm if hint.size else near),
                             _SIGN + 4 * _WIDE + lean * SIDE_BINS + bin_,
                             state,
                             buffer,
@@ -311,7 +317,7 @@ def _coder(decoding: bool) -> Any:
                             more, state = _decide(
                                 1 if m > k else 0,
                                 a + c1,
-                                a + _NARROW + c2,
+                                a + _NARROW + (size * (_CLASSES // 2) + (cm >> 1) if hint.size else c2),
                                 a + 2 * _NARROW + agree,
                                 a + 3 * _NARROW + bin_,
                                 a + 4 * _NARROW + near,
@@ -402,6 +408,7 @@ def encode(
     side: NDArray[np.uint8] | None = None,
     table: NDArray[np.uint8] | None = None,
     trellis: NDArray[np.int64] | None = None,
+    hint: NDArray[np.uint8] | None = None,
 ) -> bytes | None:
     """Code integers, or return None if that takes more than ``limit`` bytes.
 
@@ -414,6 +421,8 @@ def encode(
       table: (2, 256) side information by parity of the trellis state, and by ``side``; with
         :data:`ODD_BELOW`, :data:`ODD_ABOVE` and :data:`SKIP`.
       trellis: (states, 2) next state by state, and by the parity of value plus offset.
+      hint: (n,) what both ends suppose: a size below :data:`HINT_SIZES`, plus
+        :data:`HINT_POSITIVE` if above zero; only their statistics count, not what they mean.
 
     Example:
       >>> len(encode(np.zeros(10_000, np.int32), [(10_000, 100)], limit=100))
@@ -422,11 +431,13 @@ def encode(
     buffer = np.zeros(limit + 2 & ~1, np.uint8)
     side = _NO_SIDE if side is None else side
     table = _IDENTITY if table is None else table
+    hint = _NO_SIDE if hint is None else hint
     trellis = _NO_TRELLIS if trellis is None else trellis
     (low, span, at), _ = _encoder(
         values,
         side,
         table,
+        hint,
         trellis,
         *_geometry(tensors),
         (0, _SPAN, 0),
@@ -447,6 +458,7 @@ def decode(
     side: NDArray[np.uint8] | None = None,
     table: NDArray[np.uint8] | None = None,
     trellis: NDArray[np.int64] | None = None,
+    hint: NDArray[np.uint8] | None = None,
 ) -> Integers:
     """Decode the integers of :func:`encode`, (n,) int32.
 
@@ -462,11 +474,13 @@ def decode(
     values = np.zeros(int(sizes.sum()), np.int32)
     side = _NO_SIDE if side is None else side
     table = _IDENTITY if table is None else table
+    hint = _NO_SIDE if hint is None else hint
     trellis = _NO_TRELLIS if trellis is None else trellis
     (above, span, at), sound = _decoder(
         values,
         side,
         table,
+        hint,
         trellis,
         sizes,
         columns,

@@ -116,15 +116,16 @@ class RateCodec(Codec):
     def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
         """Encode towards a goal."""
 
-    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
+    def _goal(self, x: Vector, layout: Layout, seed: int) -> Goal:
         if self.step:
-            goal = Goal(step=self.step)
-        elif self.nmse:
-            goal = Goal(error=self.nmse * float(np.square(x, dtype=np.float64).sum()))
-        else:
-            header = 8 * len(wire.seal_frame(self, layout, seed, b""))
-            goal = Goal(bits=max(self.bits * x.size - header, self.bits * x.size / 2))
-        return self._encode_to(x, layout, seed, goal)
+            return Goal(step=self.step)
+        if self.nmse:
+            return Goal(error=self.nmse * float(np.square(x, dtype=np.float64).sum()))
+        header = 8 * len(wire.seal_frame(self, layout, seed, b""))
+        return Goal(bits=max(self.bits * x.size - header, self.bits * x.size / 2))
+
+    def _encode(self, x: Vector, layout: Layout, seed: int) -> bytes:
+        return self._encode_to(x, layout, seed, self._goal(x, layout, seed))
 
 
 class SteppedCodec(RateCodec):
@@ -143,13 +144,17 @@ class SteppedCodec(RateCodec):
         """Encode at a step; at 0 an all-zero vector."""
 
     def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
+        return self._encode_at(x, layout, seed, self._step_to(x, layout, goal))
+
+    def _step_to(self, x: Vector, layout: Layout, goal: Goal) -> float:
+        """Return the step that meets a goal."""
         forecast = self._forecast(x, layout)
         step = goal.solve(forecast, x)
         if step and goal.bits is not None:
             step = self._probe(x, layout, 0, goal.bits, step, forecast)
         elif step and goal.error is not None:
             step = self._probe(x, layout, 1, goal.error, step, forecast)
-        return self._encode_at(x, layout, seed, step)
+        return step
 
     def _bits_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
         """Return the bits of encoding at a step."""

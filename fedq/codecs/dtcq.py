@@ -32,6 +32,9 @@ class DTCQ(SteppedCodec):
     all; what is sent stands for ``x / p``. Which ones are sent follows from the seed and costs
     nothing. Coding is by context: rows, columns, and where zero lies between the levels.
 
+    A reference, such as what the global model did lately, is a context, too: how large its
+    coordinate is and of which sign. It need not be close; steps and targets take no notice of it.
+
     Body: step, float32; length of the scales, varint; scales; range code of the integers.
 
     Args:
@@ -75,6 +78,11 @@ class DTCQ(SteppedCodec):
         return True
 
     @property
+    def predictive(self) -> bool:
+        """True: large coordinates of a reference foretell large ones, and signs."""
+        return True
+
+    @property
     def _law(self) -> Law:
         return _scales.law(self.sampling, ERROR[self.states])
 
@@ -102,7 +110,18 @@ class DTCQ(SteppedCodec):
             start += size
         return total
 
-    def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
+    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
+        step = self._step_to(x, layout, self._goal(x, layout, seed))  # as without the reference
+        return self._encode_at(x, layout, seed, step, _hints(reference, layout))
+
+    def _encode_at(
+        self,
+        x: Vector,
+        layout: Layout,
+        seed: int,
+        step: float,
+        hints: NDArray[np.uint8] | None = None,
+    ) -> bytes:
         step = float(np.float32(step))
         head = struct.pack("<f", step)
         if not step:
@@ -123,11 +142,23 @@ class DTCQ(SteppedCodec):
             plan.place,
             _dither.places(),
             transitions(self.states),
+            hints,
         )
         assert body is not None
         return head + wire.varint(len(side)) + side + body
 
-    def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
+    def _decode_beside(
+        self, body: memoryview, reference: Vector, layout: Layout, seed: int
+    ) -> Vector:
+        return self._decode(body, layout, seed, _hints(reference, layout))
+
+    def _decode(
+        self,
+        body: memoryview,
+        layout: Layout,
+        seed: int,
+        hints: NDArray[np.uint8] | None = None,
+    ) -> Vector:
         reader = wire.Reader(body)
         (step,) = struct.unpack("<f", reader.take(4))
         if not 0 <= step < float("inf"):
@@ -139,7 +170,7 @@ class DTCQ(SteppedCodec):
         plan = _Plan.of(self, scales, layout, seed, step)
         trellis = transitions(self.states)
         values = _range.decode(
-            reader.rest(), _scales.geometry(layout), plan.place, _dither.places(), trellis
+            reader.rest(), _scales.geometry(layout), plan.place, _dither.places(), trellis, hints
         )
         out = np.empty(layout.size, np.float32)
         steps = self._law.multiplier * (step * plan.sign)
@@ -149,6 +180,13 @@ class DTCQ(SteppedCodec):
 
 def _limit(layout: Layout) -> int:
     return 8 * layout.size + 64
+
+
+def _hints(reference: Vector, layout: Layout) -> NDArray[np.uint8]:
+    hints = np.empty(layout.size, np.uint8)
+    for tensor in layout:
+        _dither.hints(reference, tensor.start, tensor.size, hints)
+    return hints
 
 
 @dataclass(frozen=True)

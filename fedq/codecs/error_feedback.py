@@ -58,6 +58,11 @@ class ErrorFeedback(Codec):
         """As ``inner``."""
         return self.inner.unbiased
 
+    @property
+    def predictive(self) -> bool:
+        """As ``inner``."""
+        return self.inner.predictive
+
     def client_seed(self, round_seed: int, client: int) -> int:
         """As ``inner``."""
         return self.inner.client_seed(round_seed, client)
@@ -71,3 +76,11 @@ class ErrorFeedback(Codec):
 
     def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
         return self.inner._decode(body, layout, seed)
+
+    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
+        return self.inner._encode_beside(x, reference, layout, seed)
+
+    def _decode_beside(
+        self, body: memoryview, reference: Vector, layout: Layout, seed: int
+    ) -> Vector:
+        return self.inner._decode_beside(body, reference, layout, seed)
