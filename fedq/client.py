@@ -166,7 +166,7 @@ class Task:
         state: Vector | None = None,
         store: StateStore | None = None,
     ) -> Message:
-        """Encode a delta and answer with it.
+        """Encode a delta and answer with it; beside how the model moved, where that is shorter.
 
         Args:
           delta: (d,) float32, local minus global weights.
@@ -181,26 +181,35 @@ class Task:
             raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
         client = int(client)  # of NumPy, too
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
-        beside = self.moved if self.codec.predictive else None
+        references: list[Vector | None] = [None]
+        if self.moved is not None and self.codec.predictive:
+            references.append(self.moved)
         if isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
             residual = store.residual(client, self.round, self.layout)
-            payload, residual = compensate(
-                self.codec, delta, residual, self.layout, seed, reference=beside
-            )
-            store.keep_residual(client, self.round, residual)
+            coded = [
+                compensate(self.codec, delta, residual, self.layout, seed, reference=reference)
+                for reference in references
+            ]
+            payloads = [payload for payload, _ in coded]
+            store.keep_residual(client, self.round, coded[0][1])  # all decode to the same
         else:
-            payload = self.codec.encode(delta, self.layout, seed, reference=beside)
+            payloads = [
+                self.codec.encode(delta, self.layout, seed, reference=reference)
+                for reference in references
+            ]
         record = Identity().encode(self.state if state is None else state, self.state_layout)
         metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
-        if beside is not None:
-            metadata["context"] = self.metadata["base"]
         if self.kept:
             metadata["kept"] = True
-        return _answer(self.message, wire.Envelope(metadata, [payload, record]))
+        answers = [wire.Envelope(metadata, [payloads[0], record])]
+        for payload in payloads[1:]:
+            beside = {**metadata, "context": self.metadata["base"]}
+            answers.append(wire.Envelope(beside, [payload, record]))
+        return _answer(self.message, min(answers, key=lambda answer: len(wire.seal(answer))))
 
     @staticmethod
     def refuse(message: Message, error: NoBaseError) -> Message:

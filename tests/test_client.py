@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import numpy as np
 import pytest
 
 import fedq.client
-from fedq import Layout, build, config, registry, server, simulation
+from fedq import Layout, build, config, records, registry, server, simulation, wire
 from fedq.client import NoBaseError, SimulatedSite, Task, client_app
+from fedq.codecs import Codec
 from fedq.data.base import load
 from fedq.engines.local import LocalGrid
 from fedq.errors import ConfigError, FedqError
 from fedq.results import RunDirectory
 from fedq.state import StateStore
-from fedq.strategy import FedQ
-from tests.grids import CountingGrid, InlineGrid, toy_app
+from fedq.strategy import FedQ, ServerState
+from tests.grids import CountingGrid, Handler, InlineGrid, envelope, raw_reply, toy_app
 
 # isort: split
 from flwr.app import Message
@@ -208,3 +210,186 @@ def test_a_flower_app_of_one_s_own_needs_three_lines() -> None:
         for _ in range(12):
             state, _ = fedq.run_round(grid, state)
     np.testing.assert_allclose(state.weights, target, atol=0.01)
+
+
+# --- context across rounds ---------------------------------------------------------------------
+
+WIDE = Layout(("w",), ((60, 100),))
+DTCQ = build("codec", "dtcq", bits=2.0)
+Tamper = Callable[[Task, Message, Message, int], Message]
+
+
+def steady_client(store: StateStore, tamper: Tamper | None = None) -> Handler:
+    """Answers with the same delta in every round, so that the last move foretells it."""
+    rng = np.random.default_rng(0)
+    sizes = np.where(rng.random(WIDE.size) < 0.2, 0.1, 0.001)
+    delta = (sizes * rng.uniform(0.5, 1.5, WIDE.size)).astype(np.float32)
+
+    def handle(message: Message, partition: int) -> Message:
+        try:
+            task = Task.open(message, WIDE, store=store)
+        except NoBaseError as error:
+            return Task.refuse(message, error)
+        reply = task.reply(delta, examples=1, client=partition, store=store)
+        return reply if tamper is None else tamper(task, message, reply, partition)
+
+    return handle
+
+
+def context_of(reply: Message) -> Any:
+    return wire.unseal(records.unpack(reply.content)).metadata.get("context")
+
+
+def with_context(codec: Codec = DTCQ, **options: Any) -> FedQ:
+    lattice = build("codec", "lattice", step=0.05)
+    options = {"uplink_context": True, **options}
+    return FedQ(layout=WIDE, codec=codec, downlink=lattice, **options)
+
+
+def at_random(fedq: FedQ) -> ServerState:
+    return fedq.initial(np.random.default_rng(1).standard_normal(WIDE.size).astype(np.float32))
+
+
+class Heard(list[Any]):
+    """The contexts that replies name, in turn."""
+
+    def __call__(self, task: Task, message: Message, reply: Message, partition: int) -> Message:
+        self.append(context_of(reply))
+        return reply
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_context_shortens_updates_and_changes_nothing_else(
+    tmp_path: Path, feedback: bool
+) -> None:
+    codec = build("codec", "error_feedback", inner=DTCQ) if feedback else DTCQ
+    weights, sizes, heard = {}, {}, {}
+    for on in (False, True):
+        heard[on] = Heard()
+        grid = InlineGrid(steady_client(StateStore(tmp_path / str(on)), heard[on]), 2)
+        fedq = with_context(codec, uplink_context=on)
+        state, sizes[on] = at_random(fedq), []
+        for _ in range(4):
+            state, report = fedq.run_round(grid, state)
+            assert not report.rejected
+            sizes[on].append(report.uplink_bytes)
+        weights[on] = state.weights.tobytes()
+    assert weights[True] == weights[False]
+    assert heard[False] == [None] * 8
+    assert heard[True] == [None, None, 1, 1, 2, 2, 3, 3]
+    assert sizes[True][0] == sizes[False][0]
+    assert sum(sizes[True][1:]) < 0.95 * sum(sizes[False][1:])
+
+
+def test_a_context_that_does_not_help_is_not_used(tmp_path: Path) -> None:
+    leap, heard = build("server_optimizer", "sgd", learning_rate=30.0), Heard()
+    grid = InlineGrid(steady_client(StateStore(tmp_path), heard), 1)
+    fedq = with_context(build("codec", "uniform", bits=3), server_optimizer=leap)
+    state = at_random(fedq)
+    for _ in range(2):
+        state, _ = fedq.run_round(grid, state)
+    assert heard == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"),
+    [
+        (1, "not asked to use"),
+        (99, "not asked to use"),
+        (True, "not asked to use"),
+        ("2", "not asked to use"),
+        (None, "layouts differ"),
+    ],
+)
+def test_no_other_context_can_be_claimed(tmp_path: Path, claim: Any, reason: str) -> None:
+    def tamper(task: Task, message: Message, reply: Message, partition: int) -> Message:
+        if task.round != 3 or partition:
+            return reply
+        assert context_of(reply) == 2
+        opened = wire.unseal(records.unpack(reply.content))
+        metadata = {**opened.metadata, "context": claim}
+        return raw_reply(message, envelope(metadata, *map(bytes, opened.parts)))
+
+    grid = InlineGrid(steady_client(StateStore(tmp_path), tamper), 3)
+    fedq = with_context()
+    state = at_random(fedq)
+    for _ in range(3):
+        state, report = fedq.run_round(grid, state)
+    assert report.rejected == {"malformed": 1}
+    assert reason in report.reasons[0]
+
+
+def test_an_update_beside_something_else_does_not_count(tmp_path: Path) -> None:
+    def tamper(task: Task, message: Message, reply: Message, partition: int) -> Message:
+        if task.moved is None or partition:
+            return reply
+        other = task.moved.copy()
+        other[7] = np.nextafter(other[7], np.float32(1))
+        task = dataclasses.replace(task, moved=other)
+        reply = task.reply(other, examples=1, client=partition)
+        assert context_of(reply) == 1
+        return reply
+
+    grid = InlineGrid(steady_client(StateStore(tmp_path), tamper), 3)
+    fedq = with_context()
+    state, _ = fedq.run_round(grid, at_random(fedq))
+    _, report = fedq.run_round(grid, state)
+    assert report.rejected == {"malformed": 1}
+    assert "references" in report.reasons[0]
+
+
+def test_a_context_that_was_not_offered_does_not_count(tmp_path: Path) -> None:
+    def tamper(task: Task, message: Message, reply: Message, partition: int) -> Message:
+        moved = task.weights - np.float32(1)
+        task = dataclasses.replace(task, moved=moved, metadata={**task.metadata, "base": 1})
+        reply = task.reply(moved, examples=1, client=partition)
+        assert context_of(reply) == 1
+        return reply
+
+    fedq = with_context()
+    grid = InlineGrid(steady_client(StateStore(tmp_path), tamper), 2)
+    _, report = fedq.run_round(grid, at_random(fedq))
+    assert report.rejected == {"malformed": 2}
+
+
+def test_a_client_that_lost_its_base_codes_without_a_context(tmp_path: Path) -> None:
+    heard = Heard()
+    grid = InlineGrid(steady_client(StateStore(tmp_path / "state"), heard), 1)
+    fedq = with_context()
+    state, rejected = at_random(fedq), []
+    for server_round in range(1, 6):
+        if server_round == 3:
+            shutil.rmtree(tmp_path / "state")
+        state, report = fedq.run_round(grid, state)
+        rejected.append(dict(report.rejected))
+    assert rejected == [{}, {}, {"no base": 1}, {}, {}]
+    assert heard == [None, 1, None, 4]
+
+
+def test_a_round_that_is_done_again_gives_the_same(tmp_path: Path) -> None:
+    codec = build("codec", "error_feedback", inner=DTCQ)
+    heard = Heard()
+    grid = InlineGrid(steady_client(StateStore(tmp_path), heard), 3)
+    fedq = with_context(codec)
+    state = at_random(fedq)
+    for _ in range(2):
+        state, _ = fedq.run_round(grid, state)
+    cut, report = fedq.run_round(grid, state)  # the server is killed before it is written
+    sent = {r: bytes(bytearray(blob)) for r, blob in state.broadcasts.sent.items()}
+    broadcasts = dataclasses.replace(state.broadcasts, sent=sent)
+    again, same = with_context(codec).run_round(
+        grid, dataclasses.replace(state, broadcasts=broadcasts)
+    )
+    assert again.weights.tobytes() == cut.weights.tobytes()
+    assert (same.uplink_bytes, same.rejected) == (report.uplink_bytes, {})
+    assert heard[6:] == [2] * 6
+
+
+def test_a_context_is_held_once_per_base_however_many_clients(tmp_path: Path) -> None:
+    grid = InlineGrid(steady_client(StateStore(tmp_path)), 20)
+    fedq = with_context()
+    state, _ = fedq.run_round(grid, at_random(fedq))
+    current = fedq._begin(grid, state)
+    fedq._finish(current, grid.send_and_receive(current.messages))
+    assert current.report.replies == len(current.context.offered) == 20
+    assert list(current.context._moved) == [1]

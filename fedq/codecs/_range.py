@@ -267,15 +267,19 @@ def _coder(decoding: bool) -> Any:
                         continue
                     bin_ = known & (SIDE_BINS - 1)
                     flip = -1 if known & SIDE_FLIP else 1
-                    hinted = int(hint[n]) if hint.size else 0
-                    size = hinted & (HINT_SIZES - 1)
-                    toward = size + HINT_SIZES * (1 if (hinted != size) == (flip > 0) else 0)
                     c3 = int(classes[slow >> 4])
                     c2 = int(classes[(fast + slow) >> 5])
                     c1 = int(classes[above[j] >> 4]) if row else c2
                     cm = (c1 + c2 + 1) >> 1
                     up, weight = int(last[j]), int(factor[j])
                     near = (min(abs(left), 3) * 4 + min(abs(up), 3)) * 4 + min(abs(left2), 3)
+                    in_zero, in_sign, in_above = c3, near, c2
+                    if hint.size:
+                        size = int(hint[n]) & (HINT_SIZES - 1)
+                        positive = (int(hint[n]) != size) == (flip > 0)
+                        in_zero = size * _CLASSES + cm
+                        in_sign = in_zero + (HINT_SIZES * _CLASSES if positive else 0)
+                        in_above = in_zero >> 1
                     if j & 3 == 0:
                         slope = min(max((inner << 16) // (norm + _PRIOR), -_SLOPE), _SLOPE)
                     guess = (slope * weight >> 8) * flip
@@ -289,7 +293,7 @@ def _coder(decoding: bool) -> Any:
                         _ZERO + c1 * _CLASSES + c2,
                         _ZERO + _WIDE + cm * SIDE_BINS + bin_,
                         _ZERO + 2 * _WIDE + near,
-                        _ZERO + 3 * _WIDE + (size * _CLASSES + cm if hint.size else c3),
+                        _ZERO + 3 * _WIDE + in_zero,
                         _ZERO + 4 * _WIDE + lean * 4 + (bin_ >> 2),
                         state,
                         buffer,
@@ -303,7 +307,7 @@ def _coder(decoding: bool) -> Any:
                             _SIGN + cm * SIDE_BINS + bin_,
                             _SIGN + _WIDE + 13 + signs * flip,
                             _SIGN + 2 * _WIDE + lean,
-                            _SIGN + 3 * _WIDE + (toward * _CLASSES + cm if hint.size else near),
+                            _SIGN + 3 * _WIDE + in_sign,
                             _SIGN + 4 * _WIDE + lean * SIDE_BINS + bin_,
                             state,
                             buffer,
@@ -317,7 +321,7 @@ def _coder(decoding: bool) -> Any:
                             more, state = _decide(
                                 1 if m > k else 0,
                                 a + c1,
-                                a + _NARROW + (size * (_CLASSES // 2) + (cm >> 1) if hint.size else c2),
+                                a + _NARROW + in_above,
                                 a + 2 * _NARROW + agree,
                                 a + 3 * _NARROW + bin_,
                                 a + 4 * _NARROW + near,

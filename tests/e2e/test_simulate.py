@@ -125,11 +125,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 #: More rounds than the server remembers what it sent, and an optimiser with a state.
-LONG = ("rounds=10", "downlink_history=2", "server_optimizer=adam")
+LONG = ("rounds=10", "downlink_history=2", "server_optimizer=adam", "uplink_context=true")
 
 
 @pytest.mark.parametrize(
-    ("codec", "how"), [("dithered", signal.SIGKILL), ("top_k_feedback", signal.SIGINT)]
+    ("codec", "how"),
+    [
+        ("dithered", signal.SIGKILL),
+        ("top_k_feedback", signal.SIGINT),
+        ("dtcq", signal.SIGKILL),
+    ],
 )
 def test_killed_and_resumed_is_equal_to_uninterrupted(
     tmp_path: Path, codec: str, how: signal.Signals, uninterrupted: Callable[[str], Path]
