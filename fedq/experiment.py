@@ -57,8 +57,8 @@ class Experiment:
       round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
       downlink_history: Rounds for which the server remembers what it sent, so that a client which
         still holds a model gets only the changes; 0 sends the whole model always.
-      uplink_context: Whether a client which gets changes alone codes its update beside them, if the
-        codec is one that can.
+      uplink_context: Whether a client that gets changes alone may code its update beside them;
+        ``dtcq`` gains a little by it, codecs without prediction nothing.
       decode_threads: Threads of the server that decode replies; 0 is one per usable core, 4
         at most.
       evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.

@@ -99,8 +99,8 @@ class Codec(abc.ABC):
           x: (d,) finite values; converted to float32.
           layout: Names and shapes of the d coordinates.
           seed: Any integer; what is random in the code depends on it and on nothing else.
-          reference: (d,) finite float32 that the decoder also holds, close to ``x``. It changes
-            the length of the payload, never what is decoded.
+          reference: (d,) finite float32 that the decoder also holds, close to ``x`` or at least
+            large where ``x`` is. It changes the length of the payload, never what is decoded.
 
         Raises:
           ConfigError: If ``x`` or ``reference`` has another shape than the layout, or holds NaN or
