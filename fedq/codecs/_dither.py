@@ -12,14 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq.codecs._range import (
-    HINT_POSITIVE,
-    HINT_SIZES,
-    ODD_ABOVE,
-    ODD_BELOW,
-    SIDE_FLIP,
-    SKIP,
-)
+from fedq.codecs._range import ODD_ABOVE, ODD_BELOW, SIDE_FLIP, SKIP
 from fedq.codecs._scales import HALF
 from fedq.jit import jit
 
@@ -83,26 +76,6 @@ def expect(x, rows, columns, lost, noise):  # type: ignore[no-untyped-def]
                 total += lost[at] * np.float64(x[n]) ** 2 + noise[at]
             n += 1
     return total
-
-
-@jit
-def hints(reference, start, size, out):  # type: ignore[no-untyped-def]
-    """Write a tensor's hints: magnitudes in octaves about their root mean square, and signs.
-
-    The sum runs in order, so that both ends find the same mean.
-    """
-    total = 0.0
-    for n in range(start, start + size):
-        value = np.float64(reference[n])
-        total += value * value
-    for n in range(start, start + size):
-        value = np.float64(reference[n])
-        bound = total / size / 256.0
-        octave = 0
-        while octave < HINT_SIZES - 1 and value * value > bound:
-            octave += 1
-            bound *= 4.0
-        out[n] = octave + (HINT_POSITIVE if value > 0 else 0)
 
 
 @jit

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedq import wire
+from fedq.codecs._hints import Hints, hints
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError
 from fedq.layout import Layout, Vector
@@ -132,16 +133,39 @@ class SteppedCodec(RateCodec):
     """A codec whose one step decides its rate.
 
     The step does not depend on the randomness that the final encoding uses, or dither would no
-    longer be unbiased: probes draw their own.
+    longer be unbiased: probes draw their own. Nor does it depend on a reference, which is a context
+    to the coder and no more: what is decoded would change with it.
     """
+
+    @property
+    def predictive(self) -> bool:
+        """True: where a reference is large, so may be a vector, and often with its sign."""
+        return True
 
     @abc.abstractmethod
     def _forecast(self, x: Vector, layout: Layout) -> Forecast:
         """Return a function from the step to expected bits and expected squared error."""
 
     @abc.abstractmethod
-    def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
+    def _encode_at(
+        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
+    ) -> bytes:
         """Encode at a step; at 0 an all-zero vector."""
+
+    @abc.abstractmethod
+    def _decode(
+        self, body: memoryview, layout: Layout, seed: int, hints: Hints | None = None
+    ) -> Vector:
+        """As in :class:`Codec`, given the hints that the encoder had."""
+
+    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
+        step = self._step_to(x, layout, self._goal(x, layout, seed))
+        return self._encode_at(x, layout, seed, step, hints(reference, layout))
+
+    def _decode_beside(
+        self, body: memoryview, reference: Vector, layout: Layout, seed: int
+    ) -> Vector:
+        return self._decode(body, layout, seed, hints(reference, layout))
 
     def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
         return self._encode_at(x, layout, seed, self._step_to(x, layout, goal))

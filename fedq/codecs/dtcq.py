@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedq import random, wire
 from fedq.codecs import _dither, _range, _scales
+from fedq.codecs._hints import Hints
 from fedq.codecs._rate import Forecast, SteppedCodec
 from fedq.codecs._scales import Law, Profile, Scales
 from fedq.codecs._trellis import ERROR, States, search, transitions
@@ -32,8 +33,8 @@ class DTCQ(SteppedCodec):
     all; what is sent stands for ``x / p``. Which ones are sent follows from the seed and costs
     nothing. Coding is by context: rows, columns, and where zero lies between the levels.
 
-    A reference, such as what the global model did lately, is a context, too: how large its
-    coordinate is and of which sign. It need not be close; steps and targets take no notice of it.
+    A reference is a context, too: how large its coordinate is and of which sign. It need not be
+    close, and steps and targets take no notice of it.
 
     Body: step, float32; length of the scales, varint; scales; range code of the integers.
 
@@ -78,11 +79,6 @@ class DTCQ(SteppedCodec):
         return True
 
     @property
-    def predictive(self) -> bool:
-        """True: large coordinates of a reference foretell large ones, and signs."""
-        return True
-
-    @property
     def _law(self) -> Law:
         return _scales.law(self.sampling, ERROR[self.states])
 
@@ -110,17 +106,8 @@ class DTCQ(SteppedCodec):
             start += size
         return total
 
-    def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
-        step = self._step_to(x, layout, self._goal(x, layout, seed))  # as without the reference
-        return self._encode_at(x, layout, seed, step, _hints(reference, layout))
-
     def _encode_at(
-        self,
-        x: Vector,
-        layout: Layout,
-        seed: int,
-        step: float,
-        hints: NDArray[np.uint8] | None = None,
+        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
     ) -> bytes:
         step = float(np.float32(step))
         head = struct.pack("<f", step)
@@ -147,17 +134,8 @@ class DTCQ(SteppedCodec):
         assert body is not None
         return head + wire.varint(len(side)) + side + body
 
-    def _decode_beside(
-        self, body: memoryview, reference: Vector, layout: Layout, seed: int
-    ) -> Vector:
-        return self._decode(body, layout, seed, _hints(reference, layout))
-
     def _decode(
-        self,
-        body: memoryview,
-        layout: Layout,
-        seed: int,
-        hints: NDArray[np.uint8] | None = None,
+        self, body: memoryview, layout: Layout, seed: int, hints: Hints | None = None
     ) -> Vector:
         reader = wire.Reader(body)
         (step,) = struct.unpack("<f", reader.take(4))
@@ -180,13 +158,6 @@ class DTCQ(SteppedCodec):
 
 def _limit(layout: Layout) -> int:
     return 8 * layout.size + 64
-
-
-def _hints(reference: Vector, layout: Layout) -> NDArray[np.uint8]:
-    hints = np.empty(layout.size, np.uint8)
-    for tensor in layout:
-        _dither.hints(reference, tensor.start, tensor.size, hints)
-    return hints
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedq import wire
 from fedq.codecs import _range, _rdo, _scales
+from fedq.codecs._hints import Hints
 from fedq.codecs._rate import Forecast, SteppedCodec
 from fedq.codecs._scales import Profile
 from fedq.codecs._trellis import States, transitions
@@ -85,7 +86,9 @@ class RDOTCQ(SteppedCodec):
         profile = Profile(x, layout)
         return lambda step: profile.at(step).expect(_rdo.law(), step)
 
-    def _encode_at(self, x: Vector, layout: Layout, seed: int, step: float) -> bytes:
+    def _encode_at(
+        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
+    ) -> bytes:
         step = float(np.float32(step))
         if not step:
             return bytes(8)
@@ -105,11 +108,14 @@ class RDOTCQ(SteppedCodec):
             place,
             _rdo.places(),
             transitions(self.states),
+            hints,
         )
         assert body is not None
         return struct.pack("<ff", step, gain) + body
 
-    def _decode(self, body: memoryview, layout: Layout, seed: int) -> Vector:
+    def _decode(
+        self, body: memoryview, layout: Layout, seed: int, hints: Hints | None = None
+    ) -> Vector:
         reader = wire.Reader(body)
         step, gain = struct.unpack("<ff", reader.take(8))
         if step == 0 and gain == 0:
@@ -123,6 +129,7 @@ class RDOTCQ(SteppedCodec):
             np.zeros(layout.size, np.uint8),
             _rdo.places(),
             transitions(self.states),
+            hints,
         )
         out: NDArray[np.float32] = np.empty(layout.size, np.float32)
         _rdo.restore(values, transitions(self.states), step * gain, out)

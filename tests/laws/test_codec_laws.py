@@ -33,7 +33,7 @@ CASES = [
 every_codec = pytest.mark.parametrize("codec", CASES)
 
 #: To them a reference is a context, not a prediction.
-BY_CONTEXT = ("dtcq",)
+BY_CONTEXT = ("dtcq", "rdo_tcq")
 #: Their errors are spread over all coordinates of a piece, whatever lies where.
 ROTATING = ("drive", "eden", "quic_fl")
 
