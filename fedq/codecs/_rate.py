@@ -12,6 +12,7 @@ import numpy as np
 
 from fedq import wire
 from fedq.codecs._hints import Hints, hints
+from fedq.codecs._scales import Profile
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError
 from fedq.layout import Layout, Vector
@@ -22,8 +23,9 @@ Forecast = Callable[[float], tuple[float, float]]
 #: Steps below this fraction of the largest magnitude would exceed what integers hold.
 _FINEST = 2.0**-20
 _SMALLEST, _LARGEST = 1e-44, 2.0**125
-_PROBES = 3
-_CLOSE = 0.01  # octaves; nothing is gained by another probe
+#: As many probes are made, and more only where the rate falls off a cliff.
+_PROBES, _MOST_PROBES = 3, 8
+_CLOSE, _NEAR = 0.01, 0.05  # octaves: nothing is gained by another probe; the slope does the rest
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,20 @@ class SteppedCodec(RateCodec):
         return True
 
     @abc.abstractmethod
-    def _forecast(self, x: Vector, layout: Layout) -> Forecast:
+    def _forecast(self, profile: Profile) -> Forecast:
         """Return a function from the step to expected bits and expected squared error."""
 
     @abc.abstractmethod
     def _encode_at(
-        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
+        self,
+        x: Vector,
+        profile: Profile,
+        layout: Layout,
+        seed: int,
+        step: float,
+        hints: Hints | None = None,
     ) -> bytes:
-        """Encode at a step; at 0 an all-zero vector."""
+        """Encode a vector of this profile at a step; at 0 an all-zero vector."""
 
     @abc.abstractmethod
     def _decode(
@@ -159,50 +167,55 @@ class SteppedCodec(RateCodec):
         """As in :class:`Codec`, given the hints that the encoder had."""
 
     def _encode_beside(self, x: Vector, reference: Vector, layout: Layout, seed: int) -> bytes:
-        step = self._step_to(x, layout, self._goal(x, layout, seed))
-        return self._encode_at(x, layout, seed, step, hints(reference, layout))
+        goal = self._goal(x, layout, seed)
+        return self._encode_to(x, layout, seed, goal, hints(reference, layout))
 
     def _decode_beside(
         self, body: memoryview, reference: Vector, layout: Layout, seed: int
     ) -> Vector:
         return self._decode(body, layout, seed, hints(reference, layout))
 
-    def _encode_to(self, x: Vector, layout: Layout, seed: int, goal: Goal) -> bytes:
-        return self._encode_at(x, layout, seed, self._step_to(x, layout, goal))
-
-    def _step_to(self, x: Vector, layout: Layout, goal: Goal) -> float:
-        """Return the step that meets a goal."""
-        forecast = self._forecast(x, layout)
-        step = goal.solve(forecast, x)
+    def _encode_to(
+        self, x: Vector, layout: Layout, seed: int, goal: Goal, hints: Hints | None = None
+    ) -> bytes:
+        profile = Profile(x, layout)
+        step = goal.solve(self._forecast(profile), x)
         if step and goal.bits is not None:
-            step = self._probe(x, layout, 0, goal.bits, step, forecast)
+            step = self._probe(x, profile, layout, 0, goal.bits, step)
         elif step and goal.error is not None:
-            step = self._probe(x, layout, 1, goal.error, step, forecast)
-        return step
+            step = self._probe(x, profile, layout, 1, goal.error, step)
+        return self._encode_at(x, profile, layout, seed, step, hints)
 
-    def _bits_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+    def _bits_at(
+        self, x: Vector, profile: Profile, layout: Layout, seed: int, step: float
+    ) -> float:
         """Return the bits of encoding at a step."""
-        return 8.0 * len(self._encode_at(x, layout, seed, step))
+        return 8.0 * len(self._encode_at(x, profile, layout, seed, step))
 
-    def _error_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+    def _error_at(
+        self, x: Vector, profile: Profile, layout: Layout, seed: int, step: float
+    ) -> float:
         """Return the squared error of encoding at a step, or its expectation."""
-        body = self._encode_at(x, layout, seed, step)
+        body = self._encode_at(x, profile, layout, seed, step)
         error = self._decode(memoryview(body), layout, seed) - x.astype(np.float64)
         return float(error @ error)
 
     def _probe(
-        self, x: Vector, layout: Layout, what: int, target: float, step: float, forecast: Forecast
+        self, x: Vector, profile: Profile, layout: Layout, what: int, target: float, step: float
     ) -> float:
         """Return a better step, from what is measured at a few: 0 is bits, 1 is the error."""
+        forecast = self._forecast(profile)
+        measure = self._error_at if what else self._bits_at
         known: tuple[float, float] | None = None
         largest = float(np.abs(x).max())
         sign = (-1.0, 1.0)[what]
-        for probe in range(_PROBES):
-            measure = self._error_at if what else self._bits_at
-            measured = measure(x, layout, ~probe, step)
+        low, high = -math.inf, math.inf  # places known to be too low and too high
+        for probe in range(_MOST_PROBES):
+            measured = measure(x, profile, layout, ~probe, step)
             place, miss = math.log2(step), math.log2(max(measured, target / 1024) / target)
             if abs(miss) < _CLOSE:
                 break
+            low, high = (low, place) if sign * miss > 0 else (place, high)
             # Scales are in half octaves: a forecast has no slope over less.
             near, far = forecast(step)[what], forecast(2 * step)[what]
             slope = math.log2(far / near) if near > 0 and far > 0 else sign
@@ -212,5 +225,10 @@ class SteppedCodec(RateCodec):
                 if 0.4 < secant / slope < 2.5:  # else what lies between is no line
                     slope = secant
             known = place, miss
-            step = _bounded(2.0 ** (place - min(max(miss / slope, -3.0), 3.0)), largest)
+            place -= min(max(miss / slope, -3.0), 3.0)
+            if not low < place < high:
+                place = (low + high) / 2
+            before, step = step, _bounded(2.0**place, largest)
+            if step == before or (probe + 1 >= _PROBES and abs(miss) < _NEAR):
+                break
         return step

@@ -92,17 +92,24 @@ def _classify(values, sizes, columns, shares, classes):  # type: ignore[no-untyp
         width = columns[t]
         above = np.zeros(width, np.float32)
         left = np.float32(0)
-        for i in range(sizes[t]):
-            j = i % width
+        j = 0
+        for _ in range(sizes[t]):
             mean = (above[j] + left) * np.float32(0.5)
             c = 0
             while c < shares.size and mean > shares[c]:
                 c += 1
             classes[n] = c
             size = np.float32(min(abs(values[n]), 63))
-            above[j] += (size - above[j]) * np.float32(0.125)
+            # What decays towards zero ends there: subnormal numbers are slow.
+            up = above[j] + (size - above[j]) * np.float32(0.125)
+            above[j] = up if up > np.float32(1e-9) else np.float32(0)
             left += (size - left) * np.float32(0.125)
+            if left < np.float32(1e-9):
+                left = np.float32(0)
             n += 1
+            j += 1
+            if j == width:
+                j = 0
 
 
 @jit

@@ -7,14 +7,16 @@ From it follow step and sampling of each coordinate (:func:`law`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedq.codecs import _range
 from fedq.errors import DecodeError
+from fedq.jit import jit
 from fedq.layout import Layout, Vector
 
 Index = NDArray[np.int32]
@@ -59,23 +61,10 @@ class Law:
     bits: NDArray[np.float64]
     error: NDArray[np.float64]
 
-    def expect(self, rows: Index, columns: Index) -> tuple[float, float]:
-        """Return expected bits and expected error, in squares of the step, of a tensor."""
-        rows, columns = rows[rows != DEAD], columns[columns != DEAD]
-        if not rows.size or not columns.size:
-            return 0.0, 0.0
-        # All pairs of a row and a column, counted by the sum of their indices.
-        counts = np.convolve(
-            np.bincount(rows - rows.min()), np.bincount(columns - columns.min())
-        ).astype(np.float64)
-        first = int(rows.min() + columns.min())
-        at = np.clip(np.arange(counts.size) + first + HALF, 0, 2 * HALF - 1)
-        return float(counts @ self.bits[at]), float(counts @ self.error[at])
-
-    def cost(self, rows: Index, columns: Index, side: float) -> float:
-        """Return expected error plus what bits are worth, in squares of the step."""
-        bits, error = self.expect(rows, columns)
-        return error + _WORTH * (bits + side)
+    @cached_property
+    def worth(self) -> NDArray[np.float64]:
+        """Expected error plus what bits are worth, in squares of the step."""
+        return self.error + _WORTH * self.bits
 
 
 @cache
@@ -126,87 +115,127 @@ class Scales:
     Attributes:
       rows: One (rows,) int32 per tensor; :data:`DEAD` where a row is zero.
       columns: One (columns,) int32 per tensor; :data:`DEAD` where a column is zero.
-      bits: About what it takes to send them.
     """
 
     rows: list[Index]
     columns: list[Index]
-    bits: float = 0.0
-
-    def expect(self, law: Law, step: float) -> tuple[float, float]:
-        """Return expected bits and expected squared error of a vector of these scales."""
-        parts = [law.expect(*part) for part in zip(self.rows, self.columns, strict=True)]
-        bits = self.bits + sum(part[0] for part in parts)
-        return bits, sum(part[1] for part in parts) * step * step
 
 
 class Profile:
     """Root mean squares of all rows and columns of a vector, as logarithms."""
 
     def __init__(self, x: Vector, layout: Layout) -> None:
-        self._tensors = []
+        self._spreads = []
         start = 0
         for size, width in geometry(layout):
-            power = np.square(x[start : start + size], dtype=np.float64)
-            self._tensors.append(_Spread.of(power, width))
+            rows, columns = np.zeros(-(-size // width)), np.zeros(width)
+            _squares(x[start : start + size], rows, columns)
+            self._spreads.append(_Spread(size, rows, columns))
             start += size
+
+    @classmethod
+    def of_matrix(cls, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Profile:
+        """Return the profile of a matrix of these sums of squares."""
+        profile = cls.__new__(cls)
+        profile._spreads = [_Spread(rows.size * columns.size, rows, columns)]
+        return profile
 
     def at(self, step: float, law: Law | None = None) -> Scales:
         """Return the scales for a step; with a law, in as much detail as they are worth there."""
-        found = Scales([], [])
-        bits = 0.0
-        for tensor in self._tensors:
-            rows, columns, more = tensor.at(step, law)
-            found.rows.append(rows)
-            found.columns.append(columns)
-            bits += more
-        return Scales(found.rows, found.columns, bits)
+        found = [spread.at(step, law) for spread in self._spreads]
+        return Scales([rows for rows, _ in found], [columns for _, columns in found])
+
+    def expect(self, step: float, law: Law, detail: Law | None = None) -> tuple[float, float]:
+        """Return expected bits and squared error by ``law``, with the scales of ``at(detail)``."""
+        bits = error = 0.0
+        for spread in self._spreads:
+            more, lost = spread.expect(step, law, detail)
+            bits, error = bits + more, error + lost
+        return bits, error * step * step
 
 
-@dataclass(frozen=True)
 class _Spread:
     """Scales of one tensor: log2 of its power, and offsets of rows and columns in each detail."""
 
-    power: float
-    rows: list[tuple[Index, float]]
-    columns: list[tuple[Index, float]]
-
-    @classmethod
-    def of(cls, power: NDArray[np.float64], width: int) -> _Spread:
-        """Return the scales of a tensor from its coordinates' squares."""
-        size = power.size
-        count = -(-size // width)
-        mean = float(power.mean()) if size else 0.0
+    def __init__(self, size: int, rows: NDArray[np.float64], columns: NDArray[np.float64]) -> None:
+        """Take the sums of squares of rows and columns; the last row may be short."""
+        count, width = rows.size, columns.size
+        mean = float(rows.sum()) / max(size, 1)
+        self._pairs: dict[tuple[int, int], tuple[NDArray[np.float64], int]] = {}
         if not mean:
-            none = np.full(count, DEAD, np.int32), 0.0
-            return cls(0.0, [none], [(np.full(width, DEAD, np.int32), 0.0)])
-        padded = np.zeros((count, width))
-        padded.reshape(-1)[:size] = power
+            self._power = 0.0
+            self._rows = [(np.full(count, DEAD, np.int32), 0.0)]
+            self._columns = [(np.full(width, DEAD, np.int32), 0.0)]
+            return
         last = size - (count - 1) * width
-        rows, columns = np.full(count, mean), np.full(width, mean)
         by_row, by_column = _scaled(size, width)
+        row, column = np.ones(count), np.ones(width)
         if by_row:
-            rows = padded.sum(1) / np.where(np.arange(count) == count - 1, last, width)
+            row = rows / np.where(np.arange(count) == count - 1, last, width) / mean
         if by_column:
-            columns = padded.sum(0) / np.where(np.arange(width) < last, count, count - 1)
-        return cls(float(np.log2(mean)), _details(rows / mean), _details(columns / mean))
+            column = columns / np.where(np.arange(width) < last, count, count - 1) / mean
+        self._power = float(np.log2(mean))
+        self._rows, self._columns = _details(row), _details(column)
 
-    def at(self, step: float, law: Law | None) -> tuple[Index, Index, float]:
-        """Return rows, columns and about the bits to send them."""
-        base = int(np.clip(np.rint(self.power - 2 * np.log2(step)), -_LIMIT, _LIMIT))
+    def at(self, step: float, law: Law | None) -> tuple[Index, Index]:
+        """Return rows and columns."""
+        base = self._base(step)
+        i, j = self._choose(base, law)
+        rows = self._rows[i][0]
+        return np.where(rows == DEAD, DEAD, base + rows).astype(np.int32), self._columns[j][0]
 
-        def shifted(rows: Index) -> Index:
-            return np.where(rows == DEAD, DEAD, base + rows).astype(np.int32)
+    def expect(self, step: float, law: Law, detail: Law | None) -> tuple[float, float]:
+        """Return expected bits, those of the scales included, and error in squares of the step."""
+        base = self._base(step)
+        i, j = self._choose(base, detail)
+        counts, at = self._counts(i, j, base)
+        bits = 8 + self._rows[i][1] + self._columns[j][1]
+        return bits + float(counts @ law.bits[at]), float(counts @ law.error[at])
 
-        (rows, row_bits), (columns, column_bits) = self.rows[0], self.columns[0]
-        if law is not None:
-            columns, column_bits = min(
-                self.columns, key=lambda detail: law.cost(shifted(rows), *detail)
-            )
-            rows, row_bits = min(
-                self.rows, key=lambda detail: law.cost(shifted(detail[0]), columns, detail[1])
-            )
-        return shifted(rows), columns, 8 + row_bits + column_bits
+    def _base(self, step: float) -> int:
+        return int(min(max(round(self._power - 2 * math.log2(step)), -_LIMIT), _LIMIT))
+
+    def _choose(self, base: int, law: Law | None) -> tuple[int, int]:
+        """Return which details of rows and columns cost least by a law; without one the finest."""
+        if law is None:
+            return 0, 0
+
+        def cost(i: int, j: int) -> float:
+            counts, at = self._counts(i, j, base)
+            return float(counts @ law.worth[at]) + _WORTH * (self._rows[i][1] + self._columns[j][1])
+
+        j = min(range(len(self._columns)), key=lambda j: cost(0, j))
+        return min(range(len(self._rows)), key=lambda i: cost(i, j)), j
+
+    def _counts(self, i: int, j: int, base: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return how many coordinates are of each scale, and which place of a law that is."""
+        if (i, j) not in self._pairs:
+            rows, columns = self._rows[i][0], self._columns[j][0]
+            rows, columns = rows[rows != DEAD], columns[columns != DEAD]
+            counts, first = np.zeros(0), 0
+            if rows.size and columns.size:
+                # All pairs of a row and a column, counted by the sum of their indices.
+                counts = np.convolve(
+                    np.bincount(rows - rows.min()), np.bincount(columns - columns.min())
+                ).astype(np.float64)
+                first = int(rows.min() + columns.min())
+            self._pairs[i, j] = counts, first
+        counts, first = self._pairs[i, j]
+        at = np.arange(first + base + HALF, first + base + HALF + counts.size)
+        return counts, np.minimum(np.maximum(at, 0), 2 * HALF - 1)
+
+
+@jit
+def _squares(x, rows, columns):  # type: ignore[no-untyped-def]
+    """Add the squares of a matrix by row and by column; the last row may be short."""
+    width = columns.size
+    for i in range(rows.size):
+        total = 0.0
+        for j in range(min(width, x.size - i * width)):
+            square = np.float64(x[i * width + j]) ** 2
+            columns[j] += square
+            total += square
+        rows[i] = total
 
 
 def _details(ratio: NDArray[np.float64]) -> list[tuple[Index, float]]:

@@ -87,15 +87,16 @@ class DTCQ(SteppedCodec):
         scales = sum(-(-size // width) + width + 1 for size, width in _scales.geometry(layout))
         return 4 + 10 + (4 * scales + 64) + _limit(layout)
 
-    def _forecast(self, x: Vector, layout: Layout) -> Forecast:
-        profile = Profile(x, layout)
-        return lambda step: profile.at(step, self._law).expect(self._law, step)
+    def _forecast(self, profile: Profile) -> Forecast:
+        return lambda step: profile.expect(step, self._law, detail=self._law)
 
-    def _error_at(self, x: Vector, layout: Layout, seed: int, step: float) -> float:
+    def _error_at(
+        self, x: Vector, profile: Profile, layout: Layout, seed: int, step: float
+    ) -> float:
         """Return the expectation over dither and sampling: ``x^2 (1 / p - 1) + p error step^2``."""
         step = float(np.float32(step))
         law = self._law
-        scales = Profile(x, layout).at(step, law)
+        scales = profile.at(step, law)
         p = law.keep / _scales.WHOLE
         noise = p * ERROR[self.states] * np.square(law.multiplier * step)
         total, start = 0.0, 0
@@ -107,13 +108,19 @@ class DTCQ(SteppedCodec):
         return total
 
     def _encode_at(
-        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
+        self,
+        x: Vector,
+        profile: Profile,
+        layout: Layout,
+        seed: int,
+        step: float,
+        hints: Hints | None = None,
     ) -> bytes:
         step = float(np.float32(step))
         head = struct.pack("<f", step)
         if not step:
             return head
-        scales = Profile(x, layout).at(step, self._law)
+        scales = profile.at(step, self._law)
         side = _scales.encode(scales, layout)
         plan = _Plan.of(self, scales, layout, seed, step)
         y = np.empty(plan.sent, np.float32)

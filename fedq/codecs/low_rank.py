@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fedq import random, wire
 from fedq.codecs import _range
 from fedq.codecs._product import accumulate
-from fedq.codecs._rate import Forecast, Goal, RateCodec, SteppedCodec
+from fedq.codecs._rate import Goal, RateCodec, SteppedCodec
+from fedq.codecs._scales import Profile
 from fedq.codecs.base import Codec
 from fedq.codecs.dtcq import DTCQ
 from fedq.errors import ConfigError, DecodeError
@@ -192,7 +193,7 @@ class _Choices:
             matrix = x[tensor.slice].reshape(_shape(tensor)).astype(np.float64)
             self.matrices.append(_Choice(codec, matrix))
             others[tensor.slice] = 0
-        self._others = codec._inner._forecast(others, layout)
+        self._others = codec._inner._forecast(Profile(others, layout))
 
     def forecast(self, step: float) -> tuple[float, float]:
         """Return expected bits and squared error at a step."""
@@ -209,38 +210,40 @@ class _Choice:
     def __init__(self, codec: LowRank, matrix: NDArray[np.float64]) -> None:
         rank = min(codec.rank, min(matrix.shape) // 2)
         self._left, self._size, self._right = _leading(matrix, rank)
-        self._forecasts: dict[int, tuple[float, Forecast]] = {}
-        layout = Layout(("rest",), (matrix.shape,))
-        rest, done = matrix.copy(), 0
-        for r in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, rank):
-            if done < r <= rank or not r:
-                part = slice(done, r)
-                rest -= (self._left[:, part] * self._size[part]) @ self._right[part]
-                done = r
-                flat = rest.ravel().astype(np.float32)
-                self._forecasts[r] = (
-                    float((rest * rest).sum()),
-                    codec._inner._forecast(flat, layout),
-                )
+        ranks = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, rank)
+        self._ranks = sorted({r for r in ranks if r <= rank})
+        left, right = self._left * self._size, self._right * self._size[:, None]
+        # What r singular vectors take from the squares of rows and columns.
+        rows = _sums(2 * left * (matrix @ self._right.T) - np.square(left))
+        columns = _sums(np.square(right).T)
+        squares = np.square(matrix)
+        self._powers, self._forecasts = [], []
+        for r in self._ranks:
+            row = np.maximum(squares.sum(1) - rows[:, r], 0)
+            column = np.maximum(squares.sum(0) - columns[:, r], 0)
+            self._powers.append(float(row.sum()))
+            self._forecasts.append(codec._inner._forecast(Profile.of_matrix(row, column)))
 
     def best(self, step: float) -> tuple[int, int, float, float]:
         """Return rank and width of least error plus what bits are worth, and its bits and error."""
+        spent, noises = [], []
+        for multiple in _WIDTHS:
+            width = step * multiple
+            bits, noise = np.zeros(self._size.size), np.zeros(self._size.size)
+            for side in (self._left.shape[0], self._right.shape[1]):
+                bits += side / 2 * np.log2(1 + np.square(4.1 * self._size / width) / side)
+                noise += np.minimum(side * width**2 / 12, np.square(self._size))
+            spent.append(_sums(bits))
+            noises.append(_sums(noise))
         found = []
-        for r, (power, forecast) in self._forecasts.items():
+        for r, power, forecast in zip(self._ranks, self._powers, self._forecasts, strict=True):
             rest_bits, rest_error = forecast(step)
             # Noise of the factors is part of the rest, which sampling makes dearer.
             dearer = 1 + rest_error / power if power else 1.0
-            for choice, multiple in enumerate(_WIDTHS if r else _WIDTHS[:1]):
-                width = step * multiple
-                bits, noise = rest_bits, 0.0
-                for side in (self._left.shape[0], self._right.shape[1]):
-                    ratio = np.square(4.1 * self._size[:r] / width) / side
-                    bits += side * float(np.log2(1 + ratio).sum()) / 2
-                    noise += side * float(
-                        np.minimum(width**2 / 12, self._size[:r] ** 2 / side).sum()
-                    )
-                error = rest_error + noise * dearer
-                found.append((error + _WORTH * step**2 * bits, r, choice, bits, error))
+            for choice in range(len(_WIDTHS) if r else 1):
+                more = rest_bits + float(spent[choice][r])
+                lost = rest_error + float(noises[choice][r]) * dearer
+                found.append((lost + _WORTH * step**2 * more, r, choice, more, lost))
         return min(found)[1:]
 
     def factors(self, step: float) -> _Factors:
@@ -254,6 +257,13 @@ class _Choice:
         left = np.rint(self._left.T[kept] * half).astype(np.int32)
         right = np.rint(self._right[kept] * half).astype(np.int32)
         return _Factors(choice, left, right, size[kept])
+
+
+def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sums of the first 0, 1, ... values of the last axis."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    return sums
 
 
 def _leading(

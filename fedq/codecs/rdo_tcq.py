@@ -82,12 +82,17 @@ class RDOTCQ(SteppedCodec):
         """A generous bound, eight bytes per coordinate."""
         return 8 + 8 * layout.size + 64
 
-    def _forecast(self, x: Vector, layout: Layout) -> Forecast:
-        profile = Profile(x, layout)
-        return lambda step: profile.at(step).expect(_rdo.law(), step)
+    def _forecast(self, profile: Profile) -> Forecast:
+        return lambda step: profile.expect(step, _rdo.law())
 
     def _encode_at(
-        self, x: Vector, layout: Layout, seed: int, step: float, hints: Hints | None = None
+        self,
+        x: Vector,
+        profile: Profile,
+        layout: Layout,
+        seed: int,
+        step: float,
+        hints: Hints | None = None,
     ) -> bytes:
         step = float(np.float32(step))
         if not step:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedq import random, wire
 from fedq.codecs._groups import scaled
 from fedq.codecs._rate import Goal, SteppedCodec
+from fedq.codecs._scales import Profile
 from fedq.codecs.base import Codec
 from fedq.codecs.dtcq import DTCQ
 from fedq.errors import ConfigError, DecodeError
@@ -107,7 +108,7 @@ class Subset(Codec):
         power = float(np.square(x, dtype=np.float64).sum())
         if not power:
             return 1.0
-        forecast = self.inner._forecast(x, Layout.flat(x.size))
+        forecast = self.inner._forecast(Profile(x, Layout.flat(x.size)))
         steps = np.sqrt(power / x.size) * 2.0 ** np.arange(-3, 4, 0.25)
         found = [forecast(float(step)) for step in steps]
         return min((bits * (1 + error / power), bits) for bits, error in found)[1] / x.size

@@ -177,6 +177,16 @@ def test_bits_are_met(name, bits):
     assert 8 * len(payload) / x.size == pytest.approx(bits, rel=0.04)
 
 
+@pytest.mark.parametrize("bits", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["rdo_tcq", "low_rank"])
+def test_bits_are_met_on_the_cliff(name, bits):
+    """Where all coordinates are alike, a little more of a step loses most of them at once."""
+    x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    inner = {"inner": build("codec", "rdo_tcq")} if name == "low_rank" else {}
+    payload = build("codec", name, bits=bits, **inner).encode(x, Layout.flat(x.size), seed=1)
+    assert 8 * len(payload) / x.size == pytest.approx(bits, rel=0.03)
+
+
 def test_nmse_is_met_with_a_prediction():
     x = update(WIDE)
     codec = build("codec", "low_rank", nmse=0.05)
@@ -235,7 +245,8 @@ def test_low_rank_costs_little_where_there_is_none():
 def test_ranks_and_sizes_out_of_range_are_refused():
     layout = Layout.of({"w": np.empty((64, 64))})
     codec = build("codec", "low_rank", bits=1.0)
-    inner = codec.inner._encode_at(np.zeros(4096, np.float32), layout, 0, 0.0)
+    zeros = np.zeros(4096, np.float32)
+    inner = codec.inner._encode_at(zeros, _scales.Profile(zeros, layout), layout, 0, 0.0)
     for head in (b"\x21\0", b"\xff\0", b"\0\4", b"\0", b""):
         side = wire.varint(len(head)) + head
         body = struct.pack("<f", 1e-3) + side + inner
