@@ -28,6 +28,7 @@ BLOCK_VALUES = 1 << 21
 _TILE = 1 << 16  # float64 values that stay in the second-level cache
 #: Coefficients keep this many bits: what BLAS rounds its own way on each machine does not show.
 _COEFFICIENT_BITS = 40
+_ROUNDING = 2.0**-44
 
 
 class Products:
@@ -57,9 +58,11 @@ class Products:
 
     @cached_property
     def distances(self) -> Matrix:
-        """(n, n) squared Euclidean distances."""
+        """(n, n) squared Euclidean distances; 0 where cancellation leaves nothing but rounding."""
         squares = np.diag(self.gram)
-        result = np.maximum(squares[:, None] + squares - 2 * self.gram, 0)
+        sums = squares[:, None] + squares
+        result = sums - 2 * self.gram
+        result[result < _ROUNDING * sums] = 0
         np.fill_diagonal(result, 0)
         return result
 
@@ -87,8 +90,9 @@ class Products:
         """
         most = self.n // 2 + 1
         order = np.argsort(self.distances, axis=1, kind="stable")[:, :most]
-        radii = np.take_along_axis(self.distances, order, axis=1)[:, -1]
-        return indicator(order[np.argmin(radii)], self.n) / most
+        near = np.take_along_axis(self.distances, order, axis=1)
+        best = np.lexsort((near.sum(axis=1), near[:, -1]))[0]  # ties: the farthest of each other
+        return indicator(order[best], self.n) / most
 
 
 def indicator(chosen: NDArray[np.intp], n: int) -> NDArray[np.float64]:

@@ -49,7 +49,7 @@ class Bucketing(Blockwise):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"size": 3, "inner": {"name": "trimmed_mean", "trim": 0.3}},
-        {"size": 1, "inner": {"name": "multi_krum", "f": 0.3}},
+        {"size": 1, "inner": "multi_krum"},
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Bucketing(Blockwise):
 
     def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
         n, count = products.n, self._buckets(products.n)
-        keys = [derive(self.seed, float(norm).hex()) for norm in products.norms.astype(np.float32)]
+        keys = [derive(self.seed, f"{norm:.6e}") for norm in products.norms]
         order = np.argsort(keys, kind="stable")
         buckets = np.zeros((count, n))
         buckets[np.arange(n) // self.size, order] = 1

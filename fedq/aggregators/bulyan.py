@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedq.aggregators.base import Weights
 from fedq.aggregators.blockwise import Products, Selecting
-from fedq.aggregators.krum import scores
+from fedq.aggregators.krum import ranked
 from fedq.jit import jit
 from fedq.layout import Vector
 from fedq.registry import register
@@ -40,13 +40,13 @@ class Bulyan(Selecting):
     f: int | float = 0.1
 
     least: ClassVar[tuple[int, int]] = (4, 3)
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.2 / 3}, {"f": 0})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.14}, {"f": 0})
 
     def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
         n, f = products.n, self._hostile(products.n)
         left, chosen = np.arange(n), []
         for _ in range(n - 2 * f):
-            best = np.argmin(scores(products.distances[np.ix_(left, left)], f))
+            best = ranked(products.distances[np.ix_(left, left)], f)[0]
             chosen.append(left[best])
             left = np.delete(left, best)
         return np.asarray(np.eye(n)[np.sort(chosen)])

@@ -40,8 +40,8 @@ class GeometricMedian(Blockwise):
     """
 
     smoothing: float = 1e-6
-    tolerance: float = 1e-7
-    iterations: int = 1000
+    tolerance: float = 1e-9
+    iterations: int = 10_000
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 

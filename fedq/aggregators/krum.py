@@ -36,20 +36,24 @@ class Krum(Selecting):
     f: int | float = 0.2
 
     least: ClassVar[tuple[int, int]] = (2, 3)
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.4}, {"f": 0})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.1}, {"f": 0})
 
     def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
-        best = np.argmin(scores(products.distances, self._hostile(products.n)))
-        return indicator(np.array([best]), products.n)[None]
+        order = ranked(products.distances, self._hostile(products.n))
+        return indicator(order[:1], products.n)[None]
 
 
-def scores(distances: NDArray[np.float64], f: int) -> NDArray[np.float64]:
-    """Return Krum's scores: (n,) sums of the ``n - f - 2`` smallest distances to other updates.
+def ranked(distances: NDArray[np.float64], f: int) -> NDArray[np.intp]:
+    """Return (n,) updates by Krum's score, the best first.
+
+    Ties are common, as two updates may be each other's only neighbour: the sum of all distances
+    decides, and not the order of clients.
 
     Args:
       distances: (n, n) squared distances, zero on the diagonal.
       f: Hostile updates.
     """
     count = max(len(distances) - f - 2, 1)  # n <= 2 happens with f = 0 only
-    near = np.sort(distances, axis=1)[:, 1 : 1 + count]  # the first is the update itself
-    return np.asarray(near.sum(axis=1))
+    near = np.sort(distances, axis=1)
+    scores = near[:, 1 : 1 + count].sum(axis=1)  # the first is the update itself
+    return np.lexsort((near.sum(axis=1), scores))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedq.aggregators.base import Weights
 from fedq.aggregators.blockwise import Products, Selecting, indicator
-from fedq.aggregators.krum import scores
+from fedq.aggregators.krum import ranked
 from fedq.registry import register
 
 
@@ -37,9 +37,9 @@ class MultiKrum(Selecting):
     f: int | float = 0.2
 
     least: ClassVar[tuple[int, int]] = (2, 3)
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.4}, {"f": 0})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"f": 0.1}, {"f": 0})
 
     def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
         n, f = products.n, self._hostile(products.n)
-        chosen = np.argsort(scores(products.distances, f), kind="stable")[: n - f]
+        chosen = ranked(products.distances, f)[: n - f]
         return indicator(chosen, n)[None] / (n - f)
