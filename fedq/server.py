@@ -15,6 +15,7 @@ from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
+from fedq.guard import GuardState
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
@@ -99,6 +100,7 @@ class _Server:
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
+            guard=experiment.guard,
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
 
@@ -113,7 +115,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients"],
+            meta=["layout", "failures", "held", "strangers", "clients", "guard"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -147,6 +149,7 @@ class _Server:
                 frozenset(saved.meta["strangers"]),
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
+            GuardState.from_meta(saved.meta["guard"]),
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -186,6 +189,7 @@ class _Server:
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
             "strangers": sorted(state.broadcasts.strangers),
             "clients": {str(node): client for node, client in state.clients.items()},
+            "guard": state.guard.to_meta(),
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:
