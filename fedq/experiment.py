@@ -155,6 +155,11 @@ class Experiment:
             "server_memory_gb must be positive, or null",
             self.server_memory_gb,
         )
+        _check(
+            not (self.uplink_context and self.attack.fraction > 0),
+            "attack needs uplink_context=false: it decodes replies on their own",
+            self.uplink_context,
+        )
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     @property

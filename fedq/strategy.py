@@ -437,7 +437,8 @@ class FedQ(Strategy):
         report = current.report
         if reply.has_error():
             current.answer(reply)
-            raise RejectedError("error", str(reply.error.reason))
+            kind = "malformed" if reply.error.code == records.UNREADABLE else "error"
+            raise RejectedError(kind, str(reply.error.reason))
         try:
             blob = records.unpack(reply.content)
         except DecodeError as error:
