@@ -31,7 +31,14 @@ from fedq.experiment import CHOICES, Experiment, field_types
 
 #: Options that a resumed run may change: they do not alter what was already computed.
 _PLAIN = re.compile(r"[\w./,:+@-]*", re.ASCII)  # commas: several values of a sweep
-RESUMABLE = {"rounds", "engine", "baseline", "round_deadline_s", "decode_threads"}
+RESUMABLE = {
+    "rounds",
+    "engine",
+    "baseline",
+    "round_deadline_s",
+    "decode_threads",
+    "server_memory_gb",
+}
 
 
 def conf_directory() -> Path:

@@ -24,6 +24,7 @@ CHOICES: dict[str, str] = {
     "downlink": "codec",
     "aggregator": "aggregator",
     "server_optimizer": "server_optimizer",
+    "guard": "guard",
     "attack": "attack",
     "privacy": "privacy",
     "engine": "engine",
@@ -51,7 +52,8 @@ class Experiment:
       weight_decay: Local L2 penalty.
       proximal_mu: FedProx pull towards the global model (Li et al. 2020); 0 is FedAvg.
       max_grad_norm: Local gradient clipping; 0 is off.
-      weighting: How an update counts: by its number of examples, or all alike.
+      weighting: How an update counts: by the examples that its client claims, by no more than it
+        first claimed (``registered``), or all alike.
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the sampled clients that must succeed for the round to count.
       round_deadline_s: Seconds after which a round closes with the replies at hand; None waits.
@@ -61,6 +63,7 @@ class Experiment:
         ``dtcq`` gains a little by it, codecs without prediction nothing.
       decode_threads: Threads of the server that decode replies; 0 is one per usable core, 4
         at most.
+      server_memory_gb: What a deployed server's process may allocate; None is no limit.
       evaluate_every: Rounds between evaluations of the global model; the last is always evaluated.
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
@@ -80,13 +83,14 @@ class Experiment:
     weight_decay: float
     proximal_mu: float
     max_grad_norm: float
-    weighting: typing.Literal["examples", "uniform"]
+    weighting: typing.Literal["examples", "registered", "uniform"]
     max_examples: int
     quorum: float
     round_deadline_s: float | None
     downlink_history: int
     uplink_context: bool
     decode_threads: int
+    server_memory_gb: float | None
     evaluate_every: int
     baseline: bool
     run_dir: str | None
@@ -100,6 +104,7 @@ class Experiment:
     downlink: Any = field()
     aggregator: Any = field()
     server_optimizer: Any = field()
+    guard: Any = field()
     attack: Any = field()
     privacy: Any = field()
     engine: Any = field()
@@ -144,6 +149,16 @@ class Experiment:
             0 <= self.decode_threads <= 256,
             "decode_threads must be 0 (all cores) to 256",
             self.decode_threads,
+        )
+        _check(
+            self.server_memory_gb is None or 0 < self.server_memory_gb < 1e6,
+            "server_memory_gb must be positive, or null",
+            self.server_memory_gb,
+        )
+        _check(
+            not (self.uplink_context and self.attack.fraction > 0),
+            "attack needs uplink_context=false: it decodes replies on their own",
+            self.uplink_context,
         )
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 

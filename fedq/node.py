@@ -27,6 +27,7 @@ from fedq.downlink import models_kept
 from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
+from fedq.guard import limit_memory
 from fedq.report import report
 from fedq.results import default_run_path, read_config
 from fedq.state import StateStore
@@ -135,6 +136,10 @@ def serve(grid: Grid, context: Context) -> None:
     path = Path(experiment.run_dir or default_run_path()).expanduser().resolve()
     console = Console(force_terminal=False, width=200)
     progress.log_to(console)
+    if experiment.attack.fraction > 0:
+        raise ConfigError("attacks are simulated by fedq simulate; leave attack= away here")
+    if experiment.server_memory_gb is not None:
+        limit_memory(experiment.server_memory_gb)
     opened = simulation.run_directory(experiment, path, resumed)
     with opened as directory, progress.watch(console)(experiment) as observer:
         dataset = load(experiment.data)

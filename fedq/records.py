@@ -20,6 +20,8 @@ from fedq.errors import DecodeError
 KEY = "fedq"
 STYPE = "fedq.blob"
 ARRAY_FROM_BYTES = 1 << 16
+#: Flower's code for a reply whose records could not be built: not one of Flower's own.
+UNREADABLE = 1001
 
 
 def pack(blob: bytes) -> RecordDict:

@@ -20,13 +20,15 @@ from fedq.errors import ConfigError, unknown
 
 T = TypeVar("T")
 
-#: Every group and the package whose modules register into it: one new file there is one new name.
+#: Every group and the package (or module) that registers into it: one new file there is one new
+#: name.
 GROUPS: dict[str, str] = {
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
     "codec": "fedq.codecs",
     "data": "fedq.data",
     "engine": "fedq.engines",
+    "guard": "fedq.guard",
     "model": "fedq.models",
     "partition": "fedq.data.partitions",
     "privacy": "fedq.privacy",
@@ -57,7 +59,7 @@ def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
 @cache
 def _load(group: str) -> None:
     package = import_module(GROUPS[group])
-    for module in iter_modules(package.__path__, package.__name__ + "."):
+    for module in iter_modules(getattr(package, "__path__", ()), package.__name__ + "."):
         import_module(module.name)
 
 

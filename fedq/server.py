@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from fedq import registry
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
+from fedq.engines.adversary import Adversary
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
-from fedq.random import derive
+from fedq.guard import GuardState
+from fedq.layout import Vector
+from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
@@ -67,7 +70,7 @@ class _Server:
         directory: RunDirectory,
         observer: Observer | None,
     ) -> None:
-        self.grid, self.experiment, self.directory = grid, experiment, directory
+        self.experiment, self.directory = experiment, directory
         self.observer = observer
         model = registry.to_config(experiment.model)
         quantization = registry.to_config(experiment.quantization)
@@ -76,6 +79,8 @@ class _Server:
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
+        self.root = _root(dataset, experiment.aggregator.trusted_examples, experiment.seed)
+        self.grid = Adversary.around(grid, experiment, self.trainer.layout)
         self.strategy = FedQ(
             layout=self.trainer.layout,
             state_layout=self.trainer.state_layout,
@@ -99,8 +104,16 @@ class _Server:
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
+            guard=experiment.guard,
+            trusted=self._trusted,
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
+
+    def _trusted(self, state: ServerState) -> Vector:
+        """Train on the root examples as a client would; return the delta, (d,) float32."""
+        self.trainer.load(state.weights, state.state)
+        seed = derive(self.experiment.seed, state.round + 1, "root")
+        return self.trainer.train(*self.root, self.experiment.training, seed).delta
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
@@ -113,7 +126,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients"],
+            meta=["layout", "failures", "held", "strangers", "clients", "guard"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -147,6 +160,7 @@ class _Server:
                 frozenset(saved.meta["strangers"]),
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
+            GuardState.from_meta(saved.meta["guard"]),
         )
 
     def next_round(self, before: ServerState) -> ServerState:
@@ -172,6 +186,8 @@ class _Server:
     def _write(self, state: ServerState, report: RoundReport, judged: dict[str, Any]) -> None:
         record = {**dataclasses.asdict(report), "rejected": dict(report.rejected), **judged}
         record["seconds"] += judged.get("evaluation_seconds", 0.0)
+        if isinstance(self.grid, Adversary):
+            record["attackers"] = self.grid.asked if report.round else 0
         self.directory.append_round(record)
         tensors: dict[str, NDArray[Any]] = {"weights": state.weights, "state": state.state}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
@@ -186,6 +202,7 @@ class _Server:
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
             "strangers": sorted(state.broadcasts.strangers),
             "clients": {str(node): client for node, client in state.clients.items()},
+            "guard": state.guard.to_meta(),
         }
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:
@@ -200,6 +217,16 @@ class _Server:
         summary["model_sha256"] = digest
         self.directory.write_summary(summary)
         return summary
+
+
+def _root(
+    dataset: Dataset, examples: int, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the server's own examples: a seeded sample of its training half."""
+    count = min(examples, len(dataset.y_train))
+    chosen = generator(derive(seed, "root")).choice(len(dataset.y_train), count, replace=False)
+    rows = np.sort(chosen)
+    return dataset.train_inputs(rows), dataset.y_train[rows]
 
 
 def summarise(
@@ -247,9 +274,12 @@ def summarise(
         "float32_downlink_bytes": total["float32_downlink_bytes"],
         "updates": total["replies"],
         "rejected": rejected,
+        "attackers": sum(record.get("attackers", 0) for record in rounds),
         "seconds": sum(record["seconds"] for record in rounds),
         "seed": experiment.seed,
         "codec": registry.describe(experiment.codec),
         "downlink": registry.describe(experiment.downlink),
+        "aggregator": registry.describe(experiment.aggregator),
+        "attack": registry.describe(experiment.attack),
         "versions": versions(),
     }

@@ -23,6 +23,7 @@ from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
 
 # isort: split
+from flwr.app import Context
 from flwr.serverapp import Grid
 
 LOG = logging.getLogger("fedq")
@@ -73,17 +74,45 @@ def anchored(experiment: Experiment) -> Experiment:
     return experiment.replace(data=data, plugins=plugins)
 
 
+@dataclass(frozen=True)
+class PoisonedSite(SimulatedSite):
+    """Simulated clients, of which some train on the labels that an attack gives them.
+
+    Args:
+      attack: The registered attack.
+      hostile: The partitions of hostile clients.
+    """
+
+    attack: Any = None
+    hostile: frozenset[int] = frozenset()
+
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the partition's rows, with the attack's labels if it is hostile."""
+        x, y = super().examples(context)
+        if self.identity(context) in self.hostile:
+            y = self.attack.labels(y, load(self.data).classes)
+        return x, y
+
+
 def make_site(
     data: Mapping[str, Any],
+    attack: Mapping[str, Any],
     plugins: tuple[str, ...],
     parts: list[NDArray[np.int64]],
+    hostile: list[int],
     state_directory: Path,
     models: int,
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
-    rows = dict(enumerate(parts))
-    return SimulatedSite(registry.from_config("data", data), rows, state_directory, models)
+    return PoisonedSite(
+        data=registry.from_config("data", data),
+        parts=dict(enumerate(parts)),
+        state_directory=state_directory,
+        models=models,
+        attack=registry.from_config("attack", attack),
+        hostile=frozenset(hostile),
+    )
 
 
 def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
@@ -111,8 +140,10 @@ def run_experiment(
     site = partial(
         make_site,
         registry.to_config(experiment.data),
+        registry.to_config(experiment.attack),
         tuple(experiment.plugins),
         filled,
+        experiment.attack.hostile(len(filled), experiment.seed),
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
     )

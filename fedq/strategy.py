@@ -28,6 +28,7 @@ from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
 from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.guard import Guard, GuardState, RejectedError, Watch
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
@@ -56,6 +57,7 @@ MAX_REASONS = 3
 MAX_LOSS = 1e30
 #: Far beyond any sane update, and within what the exact sum of the mean can hold.
 MAX_ABSOLUTE = 2.0**14
+_HEADS_BYTES = 4096  # more than heads, specifications and lengths of a reply
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class ServerState:
       failures: Rounds in a row without a quorum.
       broadcasts: What was sent lately, and who holds it.
       clients: By node, the client number that it first claimed.
+      guard: What the guard remembers.
     """
 
     round: int
@@ -79,6 +82,7 @@ class ServerState:
     failures: int = 0
     broadcasts: Broadcasts = field(default_factory=Broadcasts)
     clients: Mapping[int, int] = field(default_factory=dict)
+    guard: GuardState = field(default_factory=GuardState)
 
 
 @dataclass
@@ -93,6 +97,7 @@ class RoundReport:
     downlink_bytes: int = 0
     float32_uplink_bytes: int = 0
     float32_downlink_bytes: int = 0
+    quarantined: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
     train_loss: float | None = None
@@ -107,18 +112,11 @@ class RoundReport:
             self.reasons.append(" ".join(printable.split())[:200])
 
 
-class RejectedError(Exception):
-    """A reply that does not count; the kind is what is counted."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
 @dataclass(frozen=True)
 class Update:
     """One client's contribution, checked as far as it goes without decoding it."""
 
+    node: int
     slot: int  #: the client's place in the cohort
     delta: wire.Frame
     state: bytes | memoryview
@@ -149,7 +147,7 @@ class FedQ(Strategy):
       clients_per_round: A count (int) or a fraction of the connected nodes (float).
       seed: Decides sampling and everything that clients draw.
       task: JSON-ready metadata for the clients (model, training, ...), sent with the weights.
-      weighting: ``"examples"`` or ``"uniform"``.
+      weighting: ``"examples"``, ``"registered"`` (no more than first claimed) or ``"uniform"``.
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the cohort that must be accepted for the round to count.
       deadline_s: Seconds after which the round closes with the replies at hand.
@@ -157,6 +155,9 @@ class FedQ(Strategy):
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
       uplink_context: Whether a client codes its delta beside how the model moved since its base.
+      guard: What is refused though it is well-formed, and who is not asked again.
+      trusted: Trains on the server's own examples, for an aggregator with ``trusted_examples``:
+        from the round's state to a delta, (d,) float32.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -184,6 +185,8 @@ class FedQ(Strategy):
         initial: Vector | None = None,
         threads: int = 1,
         uplink_context: bool = False,
+        guard: Guard | None = None,
+        trusted: Callable[[ServerState], Vector] | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -199,6 +202,8 @@ class FedQ(Strategy):
         self.deadline_s = deadline_s
         self.threads = threads
         self.uplink_context = uplink_context and codec.predictive
+        self.guard = guard or Guard()
+        self.trusted = trusted
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -226,8 +231,9 @@ class FedQ(Strategy):
     def _begin(self, grid: Grid, before: ServerState) -> _Round:
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
-        nodes = self.sample(grid, report.round)
-        report.sampled = len(nodes)
+        watch = self.guard.watch(before.guard, report.round, before.weights)
+        nodes = self.sample(grid, report.round, watch.barred)
+        report.sampled, report.quarantined = len(nodes), len(watch.barred)
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
@@ -257,6 +263,7 @@ class FedQ(Strategy):
             claims=self._claims(before),
             whole=whole,
             context=context,
+            watch=watch,
             start=start,
         )
 
@@ -269,8 +276,10 @@ class FedQ(Strategy):
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
 
-    def sample(self, grid: Grid, server_round: int) -> list[int]:
-        """Return the nodes of a round's cohort: seeded, without replacement.
+    def sample(
+        self, grid: Grid, server_round: int, barred: Collection[int] = frozenset()
+    ) -> list[int]:
+        """Return the nodes of a round's cohort: seeded, without replacement, none that is barred.
 
         Nodes are ordered by the time they registered, so that a simulated node's place is its
         partition whatever identifiers the grid gives out.
@@ -285,6 +294,10 @@ class FedQ(Strategy):
         nodes = self._nodes[1]
         if not nodes:
             raise ConfigError("no client is connected; start clients before the server runs")
+        if barred:
+            nodes = [node for node in nodes if node not in barred]
+            if not nodes:
+                raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
         wanted = self.clients_per_round
         count = (
             min(wanted, len(nodes))
@@ -313,24 +326,29 @@ class FedQ(Strategy):
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
         before, report = current.before, current.report
-        deltas = self.aggregator.stream(self.layout.size, report.sampled)
-        states = self.aggregator.stream(self.state_layout.size, report.sampled)
+        reference = None
+        if self.aggregator.trusted_examples and self.trusted is not None:
+            reference = self.trusted(before)
+        deltas = self.aggregator.stream(self.layout.size, report.sampled, reference)
+        states = self.aggregator.for_state.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
         lock = Lock()
 
-        def add(update: Update) -> Update | RejectedError:
+        def add(update: Update) -> tuple[Update, RejectedError | None]:
             try:
                 delta, state = self._decode(update)
+                delta = current.watch.admit(delta, state)
             except RejectedError as error:
-                return error
+                return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
                 states.add(state, update.weight, update.slot)
-            return update
+            return update, None
 
-        for update in in_threads(add, self._opened(replies, current), self.threads):
-            if isinstance(update, RejectedError):
-                report.reject(update.kind, str(update))
+        for update, error in in_threads(add, self._opened(replies, current), self.threads):
+            current.watch.note(update.node, None if error is None else error.kind)
+            if error is not None:
+                report.reject(error.kind, str(error))
                 continue
             report.replies += 1
             report.float32_uplink_bytes += self._float32_reply_bytes
@@ -342,7 +360,9 @@ class FedQ(Strategy):
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
         after = self._step(current, deltas, states)
-        after = dataclasses.replace(after, clients=current.claims.clients)
+        after = dataclasses.replace(
+            after, clients=current.claims.clients, guard=current.watch.after()
+        )
         if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
                 report.round,
@@ -395,12 +415,21 @@ class FedQ(Strategy):
         metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
+    @cached_property
+    def _most_reply_bytes(self) -> int:
+        """More than any reply of this codec and layout is long."""
+        body = self.codec.max_body_bytes(self.layout)
+        values = np.zeros(self.state_layout.size, np.float32)
+        state = len(Identity().encode(values, self.state_layout))
+        return body + state + wire.MAX_METADATA_BYTES + _HEADS_BYTES
+
     def _opened(self, replies: Iterable[Message], current: _Round) -> Iterator[Update]:
         """Yield the updates that are worth decoding."""
         for reply in replies:
             try:
                 yield self._open(reply, current)
             except RejectedError as error:
+                current.watch.note(reply.metadata.src_node_id, error.kind)
                 current.report.reject(error.kind, str(error))
 
     def _open(self, reply: Message, current: _Round) -> Update:
@@ -408,7 +437,8 @@ class FedQ(Strategy):
         report = current.report
         if reply.has_error():
             current.answer(reply)
-            raise RejectedError("error", str(reply.error.reason))
+            kind = "malformed" if reply.error.code == records.UNREADABLE else "error"
+            raise RejectedError(kind, str(reply.error.reason))
         try:
             blob = records.unpack(reply.content)
         except DecodeError as error:
@@ -417,6 +447,10 @@ class FedQ(Strategy):
         report.received += 1
         report.uplink_bytes += len(blob)
         node, slot = current.answer(reply)
+        if len(blob) > self._most_reply_bytes:
+            raise RejectedError(
+                "malformed", f"{len(blob)} bytes; a reply has at most {self._most_reply_bytes}"
+            )
         if slot is None:
             raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
         try:
@@ -459,9 +493,11 @@ class FedQ(Strategy):
             round_seed(self.seed, current.report.round), client
         ):
             raise RejectedError("seed", f"not the one of client {client} in this round")
+        if self.weighting == "registered":
+            examples = current.watch.registered(client, examples)
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
         loss = None if loss is None else float(loss)
-        return Update(slot, frame, message.parts[1], weight, loss, beside)
+        return Update(node, slot, frame, message.parts[1], weight, loss, beside)
 
     def _decode(self, update: Update) -> tuple[Vector, Vector]:
         """Return an update's delta and state; safe in several threads."""
@@ -618,6 +654,7 @@ class _Round:
     claims: _Claims
     whole: bytes
     context: _Context
+    watch: Watch
     start: float
 
     def answer(self, reply: Message) -> tuple[int, int | None]:

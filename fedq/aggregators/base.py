@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,9 +13,6 @@ from fedq.errors import ConfigError
 from fedq.layout import Vector
 
 Weights = NDArray[np.float64]
-
-#: Float32 values that a coordinate-wise rule holds at once beside its input, 16 MiB.
-BLOCK_VALUES = 1 << 22
 
 
 class Stream(abc.ABC):
@@ -47,39 +44,71 @@ class Stream(abc.ABC):
 class Aggregator(abc.ABC):
     """A map from n client updates to one.
 
-    Subclasses are registered frozen dataclasses that implement :meth:`_aggregate`; this class
-    checks the input once. Inputs are never written to.
+    Subclasses are registered frozen dataclasses that implement :meth:`_aggregate` (or
+    :meth:`_aggregate_beside`); this class checks the input once. Inputs are never written to. Only
+    ``mean`` and ``norm_bounded`` count weights: an attacker would claim large ones.
     """
 
     group: ClassVar[str] = "aggregator"
     name: ClassVar[str]
     #: Constructor arguments that the law suite tries.
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    #: Whether up to the breakdown point each coordinate stays in the range of its honest values.
+    keeps_range: ClassVar[bool] = False
+    #: Whether ``rule(updates + c) = rule(updates) + c``, and ``rule(s updates) = s rule(updates)``.
+    translates: ClassVar[bool] = True
+    scales: ClassVar[bool] = True
 
     @abc.abstractmethod
     def breakdown(self, n: int) -> int:
-        """Return how many of ``n`` updates may be arbitrary for the honest range to hold.
+        """Return how many of ``n`` updates may be arbitrary while the honest ones bound the result.
 
-        With at most that many replaced, every coordinate of the result lies between the smallest
-        and the largest honest value of that coordinate.
+        The finite-sample breakdown point of Donoho and Huber 1983, times n.
         """
 
-    @abc.abstractmethod
+    @property
+    def trusted_examples(self) -> int:
+        """Training examples of the server's own that this rule needs; 0 is none.
+
+        The server trains on them in every round as a client would: the reference of
+        :meth:`__call__`.
+        """
+        return 0
+
+    @property
+    def for_state(self) -> Aggregator:
+        """The rule for what is averaged but not trained (quantizer ranges, batch statistics)."""
+        return self
+
     def _aggregate(self, updates: NDArray[np.float32], weights: Weights) -> Vector:
         """Aggregate finite C-contiguous (n, d) updates, n >= 1; must not write to them."""
+        raise ConfigError(f"aggregator={self.name} needs the server's own update as reference")
 
-    def __call__(self, updates: NDArray[np.float32], weights: NDArray[Any]) -> Vector:
+    def _aggregate_beside(
+        self, updates: NDArray[np.float32], weights: Weights, reference: Vector
+    ) -> Vector:
+        """Aggregate beside a trusted update; only asked of rules with ``trusted_examples``."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        updates: NDArray[np.float32],
+        weights: NDArray[Any],
+        reference: Vector | None = None,
+    ) -> Vector:
         """Aggregate updates.
 
         Args:
           updates: (n, d) finite values, n >= 1; converted to float32.
           weights: (n,) finite values >= 0 with a positive sum, e.g. examples per client.
+          reference: (d,) finite float32, an update of the server's own; for rules with
+            ``trusted_examples``, ignored by the others.
 
         Returns:
           (d,) float32.
 
         Raises:
-          ConfigError: If shapes or values are others.
+          ConfigError: If shapes or values are others, or there are too few updates for the rule.
         """
         try:
             with np.errstate(over="ignore"):  # too large for float32: refused below as infinite
@@ -96,14 +125,20 @@ class Aggregator(abc.ABC):
         for i, update in enumerate(updates):  # row by row: no (n, d) temporary
             if not np.isfinite(update).all():
                 raise ConfigError(f"update {i} holds NaN or infinity; drop it before aggregation")
+        if self.trusted_examples and reference is not None:
+            check_update(reference, updates.shape[1])
+            if not np.isfinite(reference).all():
+                raise ConfigError("the server's own update holds NaN or infinity")
+            return self._aggregate_beside(updates, weights, reference)
         return self._aggregate(updates, weights)
 
-    def stream(self, d: int, capacity: int) -> Stream:
+    def stream(self, d: int, capacity: int, reference: Vector | None = None) -> Stream:
         """Return an empty stream of (d,) updates; this one holds them all, a sum need not.
 
         Args:
           d: Coordinates of each update.
           capacity: Updates at most.
+          reference: See :meth:`__call__`.
 
         Raises:
           ConfigError: If d or the capacity is negative, or memory does not suffice.
@@ -116,7 +151,7 @@ class Aggregator(abc.ABC):
           >>> stream.result()
           array([2.5, 5. ], dtype=float32)
         """
-        return Rows(self, d, capacity)
+        return Rows(self, d, capacity, reference)
 
 
 class Rows(Stream):
@@ -126,7 +161,9 @@ class Rows(Stream):
     gaps of absent slots in place, so that no second block is needed.
     """
 
-    def __init__(self, aggregator: Aggregator, d: int, capacity: int) -> None:
+    def __init__(
+        self, aggregator: Aggregator, d: int, capacity: int, reference: Vector | None = None
+    ) -> None:
         if d < 0 or capacity < 0:
             raise ConfigError(f"a stream needs d >= 0 and capacity >= 0, not {d} and {capacity}")
         try:
@@ -136,7 +173,7 @@ class Rows(Stream):
                 f"aggregator={aggregator.name} holds all updates, {4 * capacity * d / 2**30:.0f} "
                 "GiB; lower clients_per_round or choose aggregator=mean"
             ) from None
-        self._aggregator = aggregator
+        self._aggregator, self._reference = aggregator, reference
         self._weights = np.zeros(capacity, np.float64)
         self._present = np.zeros(capacity, np.bool_)
         self._open = True
@@ -164,7 +201,7 @@ class Rows(Stream):
             if row != slot:
                 self._rows[row] = self._rows[slot]
         rows, self._rows = self._rows[: slots.size], self._rows[:0]
-        return self._aggregator(rows, self._weights[slots])
+        return self._aggregator(rows, self._weights[slots], self._reference)
 
 
 def check_update(update: Vector, d: int) -> None:
@@ -173,18 +210,3 @@ def check_update(update: Vector, d: int) -> None:
         raise ConfigError(
             f"expected float32 of shape ({d},), not {update.dtype} of shape {update.shape}"
         )
-
-
-def sorted_blocks(updates: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Yield the columns of (n, d) updates in blocks, each (columns, n) with its rows sorted.
-
-    Sorting along the contiguous axis of a transposed copy is several times faster than down the
-    columns; a block holds at most ``BLOCK_VALUES`` values, or one column.
-    """
-    n, d = updates.shape
-    step = max(1, BLOCK_VALUES // n)
-    for start in range(0, d, step):
-        columns = slice(start, min(start + step, d))
-        block = np.array(updates[:, columns].T, order="C", copy=True)
-        block.sort(axis=1)
-        yield columns, block

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq.aggregators import _exact
-from fedq.aggregators.base import Aggregator, Stream, Weights, check_update
+from fedq.aggregators.base import Stream, Weights, check_update
+from fedq.aggregators.blockwise import Blockwise, Products
 from fedq.errors import ConfigError
 from fedq.jit import jit
 from fedq.layout import Vector
@@ -19,7 +20,7 @@ _BLOCK = 4096  # float64 sums that stay in the first-level cache
 
 
 @register("aggregator", "mean")
-class Mean(Aggregator):
+class Mean(Blockwise):
     """Average the updates by weight, ``sum_i w_i u_i / sum_i w_i`` (McMahan et al. 2017).
 
     Sums run in float64, in the order of the rows; :meth:`stream` sums exactly, in any order.
@@ -33,16 +34,22 @@ class Mean(Aggregator):
       data", Algorithm 1.
     """
 
+    keeps_range: ClassVar[bool] = True
+
     def breakdown(self, n: int) -> int:
         """0: one update moves the mean anywhere."""
         return 0
+
+    def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
+        shares = weights / weights.max()
+        return np.asarray(shares / shares.sum())[None]
 
     def _aggregate(self, updates: NDArray[np.float32], weights: Weights) -> Vector:
         out = np.empty(updates.shape[1], np.float32)
         _weighted_mean(updates, weights / weights.max(), out)  # no overflow, whatever the unit
         return out
 
-    def stream(self, d: int, capacity: int) -> MeanStream:
+    def stream(self, d: int, capacity: int, reference: Vector | None = None) -> MeanStream:
         """Return an empty exact mean of (d,) updates; memory does not grow with the capacity."""
         return MeanStream(d)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq.aggregators.base import Aggregator, Weights, sorted_blocks
+from fedq.aggregators.blockwise import Blockwise
 from fedq.layout import Vector
 from fedq.registry import register
 
 
 @register("aggregator", "median")
-class Median(Aggregator):
+class Median(Blockwise):
     """Take the median of every coordinate (Yin et al. 2018, Definition 1).
 
     With an even n, the mean of the two middle values. Weights are ignored: an attacker would claim
@@ -25,13 +27,13 @@ class Median(Aggregator):
       Yin et al. 2018, "Byzantine-robust distributed learning: towards optimal statistical rates".
     """
 
+    keeps_range: ClassVar[bool] = True
+
     def breakdown(self, n: int) -> int:
         """``(n - 1) // 2``: any minority."""
         return (n - 1) // 2
 
-    def _aggregate(self, updates: NDArray[np.float32], weights: Weights) -> Vector:
-        n, d = updates.shape
-        out = np.empty(d, np.float32)
-        for columns, values in sorted_blocks(updates):
-            out[columns] = values[:, (n - 1) // 2 : n // 2 + 1].mean(axis=1, dtype=np.float64)
-        return out
+    def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
+        values.sort(axis=1)
+        middle = values[:, (n - 1) // 2 : n // 2 + 1].mean(axis=1, dtype=np.float64)
+        return np.asarray(middle, np.float32)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq.aggregators.base import Aggregator, Weights, sorted_blocks
+from fedq.aggregators.blockwise import Blockwise
 from fedq.errors import ConfigError
 from fedq.layout import Vector
 from fedq.registry import register
 
 
 @register("aggregator", "trimmed_mean")
-class TrimmedMean(Aggregator):
+class TrimmedMean(Blockwise):
     """Average every coordinate without its extremes (Yin et al. 2018, Definition 2).
 
     Of n values the ``k = floor(trim * n)`` largest and the k smallest are cut, and the other
@@ -36,6 +36,7 @@ class TrimmedMean(Aggregator):
 
     trim: float = 0.1
 
+    keeps_range: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"trim": 0.0}, {"trim": 0.4})
 
     def __post_init__(self) -> None:
@@ -50,10 +51,8 @@ class TrimmedMean(Aggregator):
         k = math.floor(self.trim * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
         return min(k, (n - 1) // 2)
 
-    def _aggregate(self, updates: NDArray[np.float32], weights: Weights) -> Vector:
-        n, d = updates.shape
+    def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
         k = self.breakdown(n)
-        out = np.empty(d, np.float32)
-        for columns, values in sorted_blocks(updates):
-            out[columns] = values[:, k : n - k].mean(axis=1, dtype=np.float64)
-        return out
+        values.sort(axis=1)
+        middle = values[:, k : n - k].mean(axis=1, dtype=np.float64)
+        return np.asarray(middle, np.float32)

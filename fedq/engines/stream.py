@@ -1,21 +1,35 @@
-"""Replies one by one from any Flower grid: Flower's own grids return them all at once."""
+"""Replies one by one from any Flower grid: Flower's own grids return them all at once.
+
+Flower builds the records of a reply while it is pulled, as its sender describes them. What cannot
+be built, or not within the process's memory, costs its sender's update: each reply is pulled alone.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 
-from fedq import records  # noqa: F401  (sets what Flower reads at import)
+from fedq.records import UNREADABLE
 
 # isort: split
-from flwr.app import Message, RecordDict
+# After fedq.records, which sets what Flower reads at import.
+from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
 from flwr.supercore.run import Run
 
 POLL_S = 0.1
-#: Replies held in memory at once; each pull inflates whatever it asks for.
-BATCH = 4
+#: What Flower raises while it builds a peer's records, and no connection raises.
+UNBUILDABLE = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    UnexpectedObjectContentError,
+    ValueError,
+)
 
 
 class StreamGrid(Grid):
@@ -68,15 +82,25 @@ class StreamGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
         """Send messages and yield replies as they come, until all are in or time is up."""
-        waiting = dict.fromkeys(i for i in self._grid.push_messages(messages) if i)
+        asked = list(messages)
+        pushed = zip(self._grid.push_messages(asked), asked, strict=False)
+        waiting = {identifier: message for identifier, message in pushed if identifier}
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting and (deadline is None or time.monotonic() < deadline):
-            asked = list(waiting)
-            found = 0
-            for at in range(0, len(asked), BATCH):
-                for reply in self._grid.pull_messages(asked[at : at + BATCH]):
-                    waiting.pop(reply.metadata.reply_to_message_id, None)
+            start, found = time.monotonic(), 0
+            for identifier in list(waiting):
+                for reply in self._pull(identifier, waiting[identifier]):
                     found += 1
                     yield reply
+                    waiting.pop(identifier, None)
             if waiting and not found:
-                time.sleep(POLL_S)
+                # At most half of the time goes to asking, however many are waited for.
+                time.sleep(max(POLL_S, time.monotonic() - start))
+
+    def _pull(self, identifier: str, message: Message) -> list[Message]:
+        """Return the reply to a message if it is there, an error in its place if it is unusable."""
+        try:
+            return list(self._grid.pull_messages([identifier]))
+        except UNBUILDABLE as error:
+            reason = f"its records cannot be built: {type(error).__name__}: {error}"
+            return [Message(Error(UNREADABLE, reason), reply_to=message)]

@@ -1,0 +1,28 @@
+"""Label flipping, Biggio et al. 2012, https://arxiv.org/abs/1206.6389."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedq.attacks.base import Attack
+from fedq.registry import register
+
+
+@register("attack", "label_flip")
+class LabelFlip(Attack):
+    """Train honestly on wrong labels: class y becomes ``classes - 1 - y`` (Fang et al. 2020).
+
+    Args:
+      fraction: Of clients that are hostile.
+
+    Reference:
+      Biggio et al. 2012, "Poisoning attacks against support vector machines"; Fang et al. 2020,
+      "Local model poisoning attacks to Byzantine-robust federated learning", section 5.1.
+    """
+
+    fraction: float = 0.2
+
+    def labels(self, y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+        """Return the labels from the other end."""
+        return classes - 1 - y

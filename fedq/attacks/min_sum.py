@@ -1,0 +1,36 @@
+"""Min-sum, Shejwalkar and Houmansadr 2021, https://dx.doi.org/10.14722/ndss.2021.24498."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedq.attacks._optimised import Direction, perturbed
+from fedq.attacks.base import Rows, VectorAttack
+from fedq.registry import register
+
+
+@register("attack", "min_sum")
+class MinSum(VectorAttack):
+    """Send the mean, perturbed as far as the sum of distances allows.
+
+    ``mean + gamma p`` with the largest gamma whose sum of squared distances to the honest updates
+    is at most that of any honest one: what Krum's scores look at.
+
+    Args:
+      fraction: Of clients that are hostile.
+      direction: ``unit`` against the mean, ``std`` along the deviations, ``sign`` of the mean.
+
+    Reference:
+      Shejwalkar and Houmansadr 2021, "Manipulating the Byzantine", section IV.
+    """
+
+    fraction: float = 0.2
+    direction: Direction = "std"
+
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"direction": "unit"})
+
+    def _deltas(self, own: Rows, others: Rows, rng: np.random.Generator) -> Rows:
+        return perturbed(own, others, self.direction, "sum")

@@ -1,0 +1,151 @@
+"""An adversary between any simulated grid and the server: it rewrites the replies of its clients.
+
+It sees every reply of a round before it decides what its own clients send, as the strongest
+published attacks assume, and what they send are real messages of real bytes. Honest replies pass
+through as they come; hostile ones come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fedq import records, wire
+from fedq.attacks.base import Attack, Honest, View
+from fedq.codecs.base import Codec, decode_frame
+from fedq.errors import DecodeError
+from fedq.experiment import Experiment
+from fedq.layout import Layout
+from fedq.random import derive, generator
+
+# isort: split
+# After fedq.records, which sets what Flower reads at import.
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+
+class Adversary(Grid):
+    """Wraps a grid, some of whose nodes are hostile.
+
+    The replies of earlier rounds that ``replay`` repeats are held in memory: a resumed run has none
+    of before the kill.
+
+    Args:
+      grid: Where clients are.
+      attack: What hostile ones send.
+      layout: Names and shapes of deltas.
+      codec: How clients encode them.
+      seed: Of the run.
+
+    Attributes:
+      asked: Hostile clients in the last cohort.
+    """
+
+    def __init__(self, grid: Grid, attack: Attack, layout: Layout, codec: Codec, seed: int) -> None:
+        self._grid, self._attack = grid, attack
+        self._layout, self._codec, self._seed = layout, codec, seed
+        self._earlier: dict[int, bytes] = {}
+        self._hostile: frozenset[int] | None = None
+        self.asked = 0
+
+    @classmethod
+    def around(cls, grid: Grid, experiment: Experiment, layout: Layout) -> Grid:
+        """Return the grid with an experiment's attack; the grid itself if there is none."""
+        if experiment.attack.fraction == 0:
+            return grid
+        return cls(grid, experiment.attack, layout, experiment.codec, experiment.seed)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run of the wrapped grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run of the wrapped grid."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes of the wrapped grid."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the nodes of the wrapped grid."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push through the wrapped grid."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pull through the wrapped grid, without an attack."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send messages, yield the honest replies, then those of the hostile clients."""
+        asked = list(messages)
+        hostile = self._nodes() & {message.metadata.dst_node_id for message in asked}
+        self.asked = len(hostile)
+        own: dict[int, tuple[Message, Honest]] = {}
+        others: dict[int, Honest] = {}
+        for reply in self._grid.send_and_receive(asked, timeout=timeout):
+            node = reply.metadata.src_node_id
+            opened = self._opened(reply) if hostile else None
+            if opened is None or node not in hostile:
+                if opened is not None:
+                    others[node] = opened
+                yield reply
+            else:
+                own[node] = reply, opened
+        if own:
+            server_round = int(asked[0].metadata.group_id)
+            view = View(
+                server_round,
+                self._layout,
+                self._codec,
+                [own[node][1] for node in sorted(own)],
+                [others[node] for node in sorted(others)],
+                dict(self._earlier),
+                generator(derive(self._seed, server_round, "attack")),
+            )
+            blobs = self._attack.forge(view)
+            for (reply, honest), blob in zip(
+                (own[node] for node in sorted(own)), blobs, strict=True
+            ):
+                self._earlier[honest.client] = wire.seal(honest.message)
+                reply.content = records.pack(blob)
+                yield reply
+
+    def _nodes(self) -> frozenset[int]:
+        """Return the hostile nodes: places in the order of registration, as the strategy has it."""
+        if self._hostile is None:
+            infos = self._grid.get_nodes()
+            ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
+            places = self._attack.hostile(len(ordered), self._seed)
+            self._hostile = frozenset(ordered[place].node_id for place in places)
+        return self._hostile
+
+    def _opened(self, reply: Message) -> Honest | None:
+        """Return a reply with an update, None for any other."""
+        if reply.has_error():
+            return None
+        try:
+            message = wire.unseal(records.unpack(reply.content))
+            frame = wire.open_frame(message.parts[0], self._layout)
+            delta = decode_frame(frame, self._layout)
+            return Honest(message, int(message.metadata["client"]), delta, frame.seed)
+        except (DecodeError, LookupError):
+            return None
