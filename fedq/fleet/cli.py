@@ -115,6 +115,36 @@ def add_parser(commands: Any) -> None:
         "--check", action="store_true", help="only say whether the server accepts this device"
     )
 
+    doctor = add("doctor", _doctor, "check the fleet, or with --device one device")
+    doctor.add_argument(
+        "--device",
+        type=Path,
+        nargs="?",
+        const=_device_directory(),
+        metavar="DIR",
+        help="on a device: check this one",
+    )
+    enroll = add("enroll", _enroll, "over ssh: install, give a new key, start, report")
+    enroll.add_argument("device")
+    enroll.add_argument("--ssh", metavar="[USER@]HOST", help="where (default: the device's name)")
+    enroll.add_argument("--wheels", type=Path, help="a wheelhouse to install from")
+    enroll.add_argument("--node", action="append", default=[], metavar="KEY=VALUE")
+    enroll.add_argument("--no-service", action="store_true", help="leave systemd alone")
+    upgrade = add("upgrade", _upgrade, "over ssh: install newer software, start again, report")
+    upgrade.add_argument("devices", nargs="+", metavar="DEVICE")
+    upgrade.add_argument("--wheels", type=Path, required=True, help="a wheelhouse")
+
+    wheels = add(
+        "wheelhouse", _wheelhouse, "download what devices without a network need", server=False
+    )
+    wheels.add_argument("folder", type=Path)
+    wheels.add_argument("--machine", choices=("aarch64", "x86_64"), default="aarch64")
+    wheels.add_argument("--python", default="3.11", help="the devices' (default: 3.11)")
+    wheels.add_argument("--fedq-wheel", type=Path, help="fedq itself (default: built here)")
+    bench = add("bench", _bench, "measure what this machine can do as a device", server=False)
+    bench.add_argument("--model", default="auto")
+    bench.add_argument("--codec", default="dithered")
+
     demo = add(
         "demo", _demo, "the whole of it on this machine, ports on loopback", server=False,
         overrides=True,
@@ -361,6 +391,90 @@ def _node(options: argparse.Namespace) -> None:
         )
         return
     process.serve(device)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedq import doctor
+    from fedq.fleet import doctor as fleet_doctor
+    from fedq.fleet.files import Device
+
+    if options.device is not None:
+        found = fleet_doctor.check_device(Device.open(options.device))
+    else:
+        found = fleet_doctor.check_fleet(_open(options))
+    if options.json:
+        print(doctor.to_json(found))
+    else:
+        Console().print(doctor.render(found))
+    return FAILURE if any(item.status == "fail" for item in found) else 0
+
+
+# --- over ssh ------------------------------------------------------------------------------------
+
+
+def _enroll(options: argparse.Namespace) -> None:
+    from fedq.fleet import remote
+
+    _node_options(options.node)  # a misspelling must not wait for the network
+    transport = remote.over_ssh(options.ssh or options.device)
+    fleet, how = remote.enroll(
+        _open(options),
+        options.device,
+        transport,
+        node=options.node,
+        wheels=options.wheels,
+        service=not options.no_service,
+    )
+    _sync(fleet)
+    said = remote.accepted(transport)
+    text = "runs as a service" if how == "service" else "start it there: fedq fleet node"
+    _tell(options, {"device": options.device, "runs": how, "said": said}, said, text)
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    from fedq.fleet import remote
+
+    fleet, failed = _open(options), {}
+    for name in options.devices:
+        fleet.require(name)
+    for name in options.devices:
+        try:
+            remote.upgrade(remote.over_ssh(name), options.wheels)
+        except FedqError as error:
+            failed[name] = str(error)
+    done = [name for name in options.devices if name not in failed]
+    lines = [f"{name}: upgraded" for name in done]
+    _tell(
+        options,
+        {"upgraded": done, "failed": failed},
+        *lines,
+        *(f"{name}: {why}" for name, why in failed.items()),
+    )
+    return FAILURE if failed else 0
+
+
+def _wheelhouse(options: argparse.Namespace) -> None:
+    from fedq.fleet import wheelhouse
+
+    sizes = wheelhouse.make(options.folder, options.fedq_wheel, options.machine, options.python)
+    total = sum(sizes.values())
+    largest = sorted(sizes.items(), key=lambda item: -item[1])
+    lines = [f"{size / 1e6:8.1f} MB  {name}" for name, size in largest]
+    _tell(
+        options,
+        {"folder": str(options.folder), "total_bytes": total, "wheels": sizes},
+        *lines,
+        f"{total / 1e6:8.1f} MB  in all, {len(sizes)} wheels in {options.folder}",
+    )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from fedq.fleet import bench
+
+    found = bench.profile(options.model, options.codec)
+    _tell(options, found, *(f"{key:16} {value}" for key, value in found.items()))
 
 
 def _demo(options: argparse.Namespace) -> None:

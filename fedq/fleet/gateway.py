@@ -192,6 +192,8 @@ class Gateway:
         seen.down_bytes += response.size + 17 + _size(response.headers)
         if REPORT in headers:
             seen.report = report_of(headers[REPORT])
+            if isinstance(clock_s := seen.report.pop("clock_s", None), int | float):
+                seen.report["ahead_s"] = round(clock_s - seen.last_s, 1)
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,12 @@ import fedq
 _PROC, _SYS = Path("/proc"), Path("/sys")
 
 
-def report(proc: Path = _PROC, sys: Path = _SYS) -> dict[str, Any]:
+def report(proc: Path = _PROC, sysfs: Path = _SYS) -> dict[str, Any]:
     """Return versions, memory, load and, where there are sensors, temperature and throttling."""
     found: dict[str, Any] = {
         "fedq": fedq.__version__,
         "flwr": version("flwr"),
-        "clock_s": round(time.time()),
+        "clock_s": round(time.time(), 1),
     }
     with contextlib.suppress(OSError):
         found["load"] = round(os.getloadavg()[0], 2)
@@ -33,11 +35,11 @@ def report(proc: Path = _PROC, sys: Path = _SYS) -> dict[str, Any]:
         )
         found["free_mb"] = int(free) // 1024
     with contextlib.suppress(OSError, ValueError):
-        milli = (sys / "class/thermal/thermal_zone0/temp").read_text()
+        milli = (sysfs / "class/thermal/thermal_zone0/temp").read_text()
         found["temperature_c"] = round(int(milli) / 1000, 1)
     with contextlib.suppress(OSError, ValueError):
         # The firmware of a Raspberry Pi: under-voltage, capped frequency, throttling.
-        bits = (sys / "devices/platform/soc/soc:firmware/get_throttled").read_text()
+        bits = (sysfs / "devices/platform/soc/soc:firmware/get_throttled").read_text()
         found["throttled"] = int(bits, 16)
     return found
 
@@ -52,6 +54,12 @@ def memory_mb(pid: int | str = "self", proc: Path = _PROC) -> int:
             number = str(os.getpid()) if one == "self" else one
             waiting += (proc / one / "task" / number / "children").read_text().split()
     return total // 10**6
+
+
+def peak_mb() -> int:
+    """Return the most resident memory that this process has had, in MB (10^6 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
 
 
 def notify(text: str) -> None:

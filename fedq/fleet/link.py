@@ -74,7 +74,7 @@ class Retrying:
                 why = self._explain(error)
                 if self.max_tries is not None and tries >= self.max_tries:
                     raise why from None
-                self._say(str(why))
+                self._say(f"{why}; trying again")
             else:
                 if self._said:
                     self._say("connected again")
@@ -173,7 +173,7 @@ class Link(flower.FleetHttpClient):
             reason = text.rpartition("certificate verify failed: ")[2].partition(" (_ssl")[0]
             return RefusedError(f"{certificate_error(reason)} ({self.server}: {reason})")
         words = text or type(error).__name__
-        return FedqError(f"the server at {self.server} cannot be reached ({words}); trying again")
+        return FedqError(f"the server at {self.server} cannot be reached ({words}); is it up, and its port open?")
 
     def _unknown(self) -> str:
         return (
