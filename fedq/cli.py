@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import fedq
 from fedq.errors import ConfigError, FedqError
+from fedq.fleet import cli as fleet_cli
 
 if TYPE_CHECKING:
     from fedq.experiment import Experiment
@@ -145,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="compile all kernels now, before a device needs them"
     )
     doctor.set_defaults(run=_doctor)
+
+    fleet_cli.add_parser(commands)
     return parser
 
 

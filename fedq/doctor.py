@@ -168,13 +168,13 @@ def _processors() -> Check:
 
 
 def _memory() -> Check:
-    total, free = _memory_bytes()
+    total, free = memory_bytes()
     detail = f"{free / GB:.1f} GB free of {total / GB:.1f} GB"
     remedy = "close other programs, or use fewer workers: engine.workers=1"
     return _graded("memory", free, MIN_FREE_MEMORY, GOOD_FREE_MEMORY, detail, remedy)
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Return (total, available) bytes, within a container's limit where there is one."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -9,6 +9,7 @@ takes its data from them in a simulation, and from its own node configuration on
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from fedq.state import StateStore
 # isort: split
 from flwr.app import Context
 from flwr.serverapp import Grid
+
+#: In a run's configuration: 16 hexadecimal digits that stay when a run is resumed.
+RUN_KEY = "run-key"
 
 _CLIENTS: dict[str, Client] = {}
 
@@ -106,7 +110,7 @@ class DeviceSite:
 def _site(context: Context) -> Site:
     """Return the site of a node: a device if its configuration names data, else a partition."""
     node: Mapping[str, Any] = context.node_config
-    own = Path(str(node.get("state-dir", Path.home() / ".fedq"))) / str(context.run_id)
+    own = Path(str(node.get("state-dir", Path.home() / ".fedq"))) / _state_name(context)
     if "data" in node:
         options = {
             key.removeprefix("data-").replace("-", "_"): value
@@ -124,6 +128,12 @@ def _site(context: Context) -> Site:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
     models = models_kept(experiment.downlink_history)
     return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
+
+
+def _state_name(context: Context) -> str:
+    """Return the folder of a run's state: the run's key, which outlives Flower's id of it."""
+    key = str(context.run_config.get(RUN_KEY, ""))
+    return key if re.fullmatch("[0-9a-f]{16}", key) else str(context.run_id)
 
 
 def serve(grid: Grid, context: Context) -> None:

@@ -69,7 +69,7 @@ def test_this_machine_passes_without_a_connection(
         (doctor.shutil, "disk_usage"),
         (doctor.tempfile, "mkdtemp"),
         (doctor.platform, "platform"),
-        (doctor, "_memory_bytes"),
+        (doctor, "memory_bytes"),
         (doctor.gzip, "open"),
         (doctor.util, "find_spec"),
         (doctor.metadata, "version"),
@@ -102,7 +102,7 @@ def test_run_directory_that_cannot_be_written(tmp_path: Path, where: str) -> Non
     ("free", "status"), [(10**8, "fail"), (5 * 10**8, "warn"), (4 * 10**9, "ok")]
 )
 def test_memory(monkeypatch: pytest.MonkeyPatch, free: int, status: str) -> None:
-    monkeypatch.setattr(doctor, "_memory_bytes", lambda: (8 * 10**9, free))
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: (8 * 10**9, free))
     found = doctor._memory()
     assert found.status == status
     assert bool(found.remedy) == (status != "ok")

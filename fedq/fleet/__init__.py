@@ -1,0 +1,18 @@
+"""Real devices: who may take part, what runs where, and what is to be seen of it.
+
+======================  =================================================================
+``files``               the fleet's directory on the server, a device's directory
+``identity``            CA, server certificate, device keys
+``bundle``              what goes to a device, and how a device takes it in
+``gateway``             what devices may ask of the server: the Fleet API alone
+``superlink``           Flower's SuperLink behind the gateway
+``control``             registering devices, as the server's administrator
+``link`` ``device``     a device: one process that waits for work
+``trainer``             the process that keeps torch and the data, while there is work
+``serverapp``           a run: the process that ``fedq fleet run`` is
+``units``               systemd units
+``demo``                all of it on one machine
+======================  =================================================================
+
+All that is not public in Flower and used here is in ``flower``, which names the version it knows.
+"""

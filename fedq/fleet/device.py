@@ -1,0 +1,334 @@
+"""A device: one process that waits for work, hands it to the trainer and sends what comes back.
+
+Flower's node starts two more processes and one per message, and polls every three seconds. This one
+speaks the same Fleet API with the same keys, runs installed code only (what comes by wire are
+messages, never a program), and survives more:
+
+- Killed at any point, it comes back under its old registration and goes on with the message it was
+  at: that message is on disk until its reply is with the server.
+- Nothing on the network ends it. What somebody must do is one line in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import fedq
+from fedq import records  # noqa: F401  (sets what Flower reads at import)
+from fedq.errors import FedqError
+from fedq.fleet import flower, health
+from fedq.fleet.files import Device, locked
+from fedq.fleet.link import IDLE_HEARTBEAT_S, Link, RunOverError, StoppedError
+from fedq.fleet.trainer import Trainer
+
+# isort: split
+from flwr.app import Context, Error, Message, RecordDict
+
+LOG = logging.getLogger("fedq")
+#: In the run configuration that the server's side of a fleet makes.
+VERSION_KEY = "fedq-version"
+#: Without a message for so long, a device is idle, and its heartbeats are few.
+IDLE_AFTER_S = 300.0
+OBJECT_WAIT_S, OBJECT_TRIES = 0.3, 400
+#: The service manager restarts a device whose loop has not moved for so long.
+STUCK_S = 240.0
+
+
+def serve(device: Device) -> None:
+    """Serve until a signal ends the process."""
+    flower.require_known()
+    device.state.mkdir(parents=True, exist_ok=True)
+    with locked(device.root / "device.lock", f"the device {device.name} runs already"):
+        node = _Node(device)
+        with _signals(node.stopped):
+            node.run()
+
+
+def check(device: Device) -> int:
+    """Return the device's node id if the server accepts it.
+
+    Raises:
+      FedqError: With the reason if it does not.
+    """
+    flower.require_known()
+    link = Link(device, max_tries=1)
+    try:
+        return _activate(link, device)
+    finally:
+        link.close()
+
+
+def _activate(link: Link, device: Device) -> int:
+    """Bring the device on line under its registration and return its node id.
+
+    Flower refuses to activate a node that it holds for on line, as it does for a while after a node
+    was killed. A heartbeat under the old id does the same and is not refused.
+    """
+    known = device.state / "node"
+    if known.exists():
+        node = flower.Node(node_id=int(known.read_text()))
+        request = flower.SendNodeHeartbeatRequest(node=node, heartbeat_interval=device.heartbeat_s)
+        with contextlib.suppress(FedqError):  # another key since then: another id
+            once = Link(device, max_tries=1)
+            try:
+                if once.invoke(once.SendNodeHeartbeat, request).success:
+                    return int(node.node_id)
+            finally:
+                once.close()
+    request = flower.ActivateNodeRequest(
+        public_key=link.public_key, heartbeat_interval=device.heartbeat_s
+    )
+    node_id = int(link.invoke(link.ActivateNode, request).node_id)
+    device.state.mkdir(parents=True, exist_ok=True)
+    known.write_text(str(node_id))
+    return node_id
+
+
+@dataclass
+class _Node:
+    device: Device
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.link = Link(self.device, self.stopped)
+        self.trainer = Trainer(self.device.idle_s)
+        self.inflight = self.device.state / "message"
+        self.moved = self.worked = time.monotonic()
+        self.soon = threading.Event()
+        self.runs: dict[int, dict[str, Any]] = {}
+        self.node = flower.Node()
+
+    def run(self) -> None:
+        """Go on line, finish what was begun, and answer what comes."""
+        LOG.info("%s connects to %s", self.device.name, self.device.server)
+        try:
+            self.node = flower.Node(node_id=_activate(self.link, self.device))
+            threading.Thread(target=self._heartbeats, daemon=True).start()
+            LOG.info("%s is on line as node %d", self.device.name, self.node.node_id)
+            health.notify("READY=1\nSTATUS=waiting for work")
+            self._resume()
+            while not self.stopped.is_set():
+                self._once()
+        except StoppedError:
+            pass
+        finally:
+            self.stopped.set()
+            self.soon.set()
+            self.trainer.close()
+            self._leave()
+
+    def _once(self) -> None:
+        """Wait for a message and answer it."""
+        asked = time.monotonic()
+        response = self.link.invoke(
+            self.link.PullMessages, flower.PullMessagesRequest(node=self.node)
+        )
+        self.moved = time.monotonic()
+        if response.messages_list:
+            self._keep(response)
+            self._answer(response)
+        else:
+            self.trainer.rest()
+            if self.moved - asked < 0.05:  # a server that does not wait: Flower's own
+                self.stopped.wait(3.0)
+
+    # --- one message ---------------------------------------------------------------------------
+
+    def _answer(self, response: Any) -> None:
+        """Train on a message and send the reply; on disk, the message waits until that is done."""
+        metadata = response.messages_list[0].metadata
+        self.worked = time.monotonic()
+        self.soon.set()  # the server should soon notice if this device goes
+        try:
+            run_config = self._run_config(metadata.run_id)
+            health.notify("STATUS=training")
+            self._send(self._reply(response, run_config), metadata.run_id)
+            confirmation = flower.ConfirmMessageReceivedRequest(
+                node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
+            )
+            self.link.invoke(self.link.ConfirmMessageReceived, confirmation)
+            LOG.info("round %s: replied", metadata.group_id or "?")
+        except flower.ObjectPushError as error:
+            LOG.warning(
+                "round %s: the server does not take the reply: %s", metadata.group_id, error
+            )
+        except RunOverError:
+            LOG.warning("round %s: the run is over; nothing sent", metadata.group_id or "?")
+        health.notify("STATUS=waiting for work")
+        self.inflight.unlink(missing_ok=True)
+        self.moved = self.worked = time.monotonic()
+
+    def _reply(self, response: Any, run_config: dict[str, Any]) -> Message:
+        tree = response.message_object_trees[0]
+        metadata = flower.message_from_proto(response.messages_list[0]).metadata
+        flower.TaskIdentity.run_id = metadata.run_id
+        flower.TaskIdentity.node_id = self.node.node_id
+        flower.TaskIdentity.task_id = 0
+        try:
+            message = self._pull(metadata.run_id, tree)
+        except FedqError as error:
+            if isinstance(error, RunOverError | StoppedError):
+                raise
+            message = flower.message_from_proto(response.messages_list[0])
+            return Message(Error(flower.ErrorCode.UNKNOWN, str(error)), reply_to=message)
+        theirs = str(run_config.get(VERSION_KEY, fedq.__version__))
+        if theirs.split(".")[:2] != fedq.__version__.split(".")[:2]:
+            reason = (
+                f"this device has fedq {fedq.__version__}, the server {theirs[:20]}; "
+                f"run fedq fleet upgrade {self.device.name}"
+            )
+            LOG.warning(reason)
+            return Message(
+                Error(flower.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
+            )
+        context = Context(
+            run_id=metadata.run_id,
+            node_id=self.node.node_id,
+            node_config={"state-dir": str(self.device.state), **self.device.node},
+            state=RecordDict(),
+            run_config=run_config,
+        )
+        return self.trainer.answer(message, context, self._alive)
+
+    def _run_config(self, run_id: int) -> dict[str, Any]:
+        if run_id not in self.runs:
+            request = flower.GetRunRequest(node=self.node, run_id=run_id)
+            found = flower.run_from_proto(self.link.invoke(self.link.GetRun, request).run)
+            self.runs = {run_id: dict(found.override_config)}
+        return self.runs[run_id]
+
+    def _pull(self, run_id: int, tree: Any) -> Message:
+        contents = {}
+        for part in flower.iterate_object_tree(tree):
+            request = flower.PullObjectRequest(
+                node=self.node, run_id=run_id, object_id=part.object_id
+            )
+            for _ in range(OBJECT_TRIES):
+                found = self.link.invoke(self.link.PullObject, request)
+                self.moved = time.monotonic()
+                if not found.object_found:
+                    raise FedqError("the message is not on the server any more")
+                if found.object_available:
+                    contents[part.object_id] = found.object_content
+                    break
+                self.stopped.wait(OBJECT_WAIT_S)  # the run is still sending it
+            else:
+                raise FedqError("the message was never completed")
+        message = flower.inflate_object_from_contents(tree.object_id, contents)
+        if not isinstance(message, Message):
+            raise FedqError("the server sent something that is no message")
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+    def _send(self, reply: Message, run_id: int) -> None:
+        started = time.monotonic()
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with flower.no_object_id_recompute():
+            tree = flower.get_object_tree(reply)
+            objects = flower.get_all_nested_objects(reply)
+            request = flower.PushMessagesRequest(
+                node=self.node,
+                messages_list=[flower.message_to_proto(flower.remove_content_from_message(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[time.monotonic() - started],
+            )
+            pushed = self.link.invoke(self.link.PushMessages, request)
+
+            def push(request: Any) -> Any:
+                self.moved = time.monotonic()
+                return self.link.invoke(self.link.PushObject, request)
+
+            flower.push_objects(
+                objects,
+                flower.make_push_object_fn_protobuf(push, self.node, run_id, pushed.session_id),
+                object_ids_to_push=set(pushed.objects_to_push),
+                max_concurrent_pushes=1,  # a slow link is not faster for two; and one connection
+            )
+
+    # --- what survives a kill ------------------------------------------------------------------
+
+    def _keep(self, response: Any) -> None:
+        temporary = self.inflight.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.write(response.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.inflight)
+
+    def _resume(self) -> None:
+        """Answer the message that this device was at when it ended."""
+        try:
+            response = flower.PullMessagesResponse.FromString(self.inflight.read_bytes())
+        except FileNotFoundError:
+            return
+        except flower.ProtobufError:
+            response = flower.PullMessagesResponse()
+        if response.messages_list and response.message_object_trees:
+            LOG.info("going on with the message of before")
+            self._answer(response)
+        self.inflight.unlink(missing_ok=True)
+
+    # --- signs of life -------------------------------------------------------------------------
+
+    def _alive(self) -> None:
+        self.moved = time.monotonic()
+        if self.stopped.is_set():
+            raise StoppedError("asked to end")
+
+    def _heartbeats(self) -> None:
+        while not self.stopped.is_set():
+            idle = time.monotonic() - self.worked > IDLE_AFTER_S
+            interval_s = max(IDLE_HEARTBEAT_S, self.device.heartbeat_s)
+            if not idle:
+                interval_s = self.device.heartbeat_s
+            request = flower.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=interval_s)
+            with contextlib.suppress(Exception):  # the main loop says what is wrong
+                self.link.SendNodeHeartbeat(request)
+            if time.monotonic() - self.moved < STUCK_S:
+                health.notify("WATCHDOG=1")
+            self.soon.wait(0.8 * interval_s)
+            if idle or self.stopped.is_set():
+                self.soon.clear()
+            elif self.soon.is_set():
+                self.soon.clear()
+                self.stopped.wait(0.8 * interval_s)
+
+    def _leave(self) -> None:
+        """Say good-bye, once: the server need not wait for heartbeats."""
+        last = Link(self.device, max_tries=1)
+        with contextlib.suppress(FedqError):
+            last.invoke(
+                last.DeactivateNode, flower.DeactivateNodeRequest(node_id=self.node.node_id)
+            )
+        last.close()
+        self.link.close()
+        LOG.info("%s is off line", self.device.name)
+
+
+@contextmanager
+def _signals(stopped: threading.Event) -> Iterator[None]:
+    """End on SIGTERM and SIGINT; in a wait for work at once, else after the step at hand."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not stopped.is_set():
+            stopped.set()
+            raise StoppedError("asked to end")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except StoppedError:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

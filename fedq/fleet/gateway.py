@@ -1,0 +1,269 @@
+"""Between devices and Flower's SuperLink, which serves devices and administrators on one port.
+
+One application, two sockets: devices reach the Fleet API and nothing else; whoever starts runs or
+registers devices must be on the server itself. Pure ASGI, and the rest of what a fleet wants of
+its server:
+
+- **Work is announced.** A device asks for work with ``X-Fedq-Wait: SECONDS``, and where there is
+  none the answer, empty, waits until there is some. Then the device asks again. Work itself is
+  never given to a request that has waited: its connection may be dead, and Flower delivers once.
+  (Flower's own nodes ask every three seconds, and need no answer in time.)
+- **What is seen.** When each device was last heard, bytes of its requests and replies (bodies and
+  headers, without TLS), and the few numbers that it reports of itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+FLEET_API, PULL = "/v1/fleet/", "/v1/fleet/pull-messages"
+#: Where the administrator's side asks what the gateway has seen.
+SEEN = "/v1/fedq/devices"
+#: A run's requests that name devices with work, and that complete what the work consists of.
+PUSH, COMPLETE = "/v1/runtime/push-messages", "/v1/runtime/push-object"
+WAIT, REPORT = b"x-fedq-wait", b"x-fedq-report"
+MAX_WAIT_S = 300.0
+#: The pieces of a message come one after the other.
+GATHER_S = 0.1
+#: Larger than any request of a device: Flower sends objects in pieces of at most 5 MiB.
+MAX_BODY_BYTES = 8 << 20
+MAX_REPORT_BYTES = 512
+#: What a device may say of itself; all else is dropped.
+REPORTED = frozenset(
+    {"fedq", "flwr", "temperature_c", "throttled", "memory_mb", "free_mb", "load", "clock_s"}
+)
+
+
+@dataclass
+class Seen:
+    """What the gateway knows of a device."""
+
+    last_s: float = 0.0
+    requests: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    refused: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Gateway:
+    """An ASGI application around Flower's.
+
+    Args:
+      app: The SuperLink.
+      control_port: Port of the socket on which everything is allowed.
+      name: Returns the name of the device with a public key (PEM), None for a stranger.
+      key_header: Header in which a device's public key comes, base64.
+      destinations: Returns the node ids that the body of a run's push names.
+      node: Returns the node id in the body of a device's question for work.
+      clock: Seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        control_port: int,
+        name: Callable[[bytes], str | None],
+        key_header: str,
+        destinations: Callable[[bytes], Iterable[int]],
+        node: Callable[[bytes], int],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._app, self._control_port, self._name = app, control_port, name
+        self._key_header, self._clock = key_header.lower().encode(), clock
+        self._destinations, self._node = destinations, node
+        self._due: set[int] = set()  # nodes with work that they have not been given
+        self._work = asyncio.Event()  # set, and replaced, when there is more
+        self.seen: dict[str, Seen] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if scope["server"][1] == self._control_port:
+            if path == SEEN:
+                known = {name: asdict(seen) for name, seen in sorted(self.seen.items())}
+                await _answer(send, 200, json.dumps(known).encode())
+                return
+            await self._serve_administrator(scope, receive, send)
+        elif not path.startswith(FLEET_API):
+            await _answer(send, 404, b'{"detail": "devices reach the Fleet API only"}')
+        else:
+            await self._serve_device(scope, receive, send)
+
+    async def _serve_administrator(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, body = scope["path"], bytearray()
+
+        async def watched() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        await self._app(scope, watched if path == PUSH else receive, send)
+        if path == PUSH:
+            self._due.update(self._destinations(bytes(body)))
+        elif path == COMPLETE:
+            self._work.set()
+            self._work = asyncio.Event()
+
+    async def _serve_device(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _body(receive)
+        if body is None:
+            await _answer(send, 413, b'{"detail": "the request is too large"}')
+            return
+        headers, work = dict(scope["headers"]), self._work
+        response = await self._ask(scope, body)
+        if scope["path"] == PULL and response.status == 200:
+            node = self._node(body)
+            if response.size:
+                self._due.discard(node)
+            elif wait_s := _seconds(headers.get(WAIT)):
+                await self._wait(node, receive, work, time.monotonic() + wait_s)
+        self._note(headers, scope, body, response)
+        for message in response.messages:
+            await send(message)
+
+    async def _wait(self, node: int, receive: Receive, work: asyncio.Event, end: float) -> None:
+        """Wait until a node has work, time is up or the device has left."""
+        leaving = asyncio.ensure_future(receive())
+        try:
+            while (left_s := end - time.monotonic()) > 0 and not leaving.done():
+                waiting = asyncio.ensure_future(work.wait())
+                await asyncio.wait(
+                    {waiting, leaving}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                came = waiting.done()
+                waiting.cancel()
+                if came and node in self._due:
+                    await asyncio.sleep(GATHER_S)
+                    return
+                work = self._work
+        finally:
+            leaving.cancel()
+
+    async def _ask(self, scope: Scope, body: bytes) -> _Response:
+        response, sent = _Response(), False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                await asyncio.sleep(3600)  # cancelled when the application returns
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def keep(message: Message) -> None:
+            response.messages.append(message)
+
+        await self._app(dict(scope, state=dict(scope.get("state", {}))), replay, keep)
+        return response
+
+    def _note(
+        self, headers: Mapping[bytes, bytes], scope: Scope, body: bytes, response: _Response
+    ) -> None:
+        try:
+            key = base64.b64decode(headers.get(self._key_header, b""), validate=True)
+        except (binascii.Error, ValueError):
+            return
+        name = self._name(key)
+        if name is None:
+            return
+        seen = self.seen.setdefault(name, Seen())
+        if response.status == 401:
+            seen.refused += 1  # anybody can send a public key
+            return
+        seen.last_s = self._clock()
+        seen.requests += 1
+        seen.up_bytes += len(body) + len(scope["raw_path"]) + 17 + _size(scope["headers"])
+        seen.down_bytes += response.size + 17 + _size(response.headers)
+        if REPORT in headers:
+            seen.report = report_of(headers[REPORT])
+            if isinstance(clock_s := seen.report.pop("clock_s", None), int | float):
+                seen.report["ahead_s"] = round(clock_s - seen.last_s, 1)
+
+
+@dataclass
+class _Response:
+    """What the application said, kept until it is clear that it is the answer."""
+
+    messages: list[Message] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        return int(self.messages[0]["status"]) if self.messages else 500
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return list(self.messages[0].get("headers", ())) if self.messages else []
+
+    @property
+    def size(self) -> int:
+        return sum(len(message.get("body", b"")) for message in self.messages)
+
+
+def report_of(header: bytes) -> dict[str, Any]:
+    """Return what a device says of itself: known keys with short plain values.
+
+    >>> report_of(b'{"fedq": "0.1.0", "load": 0.5, "run": "me", "throttled": [1]}')
+    {'fedq': '0.1.0', 'load': 0.5}
+    """
+    if len(header) > MAX_REPORT_BYTES:
+        return {}
+    try:
+        data = json.loads(header, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {
+        key: value
+        for key, value in data.items()
+        if key in REPORTED
+        and (isinstance(value, int | float) or (isinstance(value, str) and value.isprintable()))
+    }
+
+
+def _seconds(header: bytes | None) -> float:
+    try:
+        return min(max(float(header or 0), 0.0), MAX_WAIT_S)
+    except ValueError:
+        return 0.0
+
+
+def _size(headers: Any) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers) + 2
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """Return a request's body, None if it is larger than any request of a device."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            return None
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return bytes(body)
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

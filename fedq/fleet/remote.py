@@ -1,0 +1,144 @@
+"""Reaching devices over ssh: install, enrol, upgrade.
+
+All that happens on a device is a shell script run by :data:`Transport`, one function; a test runs
+it here.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedq.errors import ConfigError, FedqError
+from fedq.fleet.bundle import enrol
+from fedq.fleet.files import Fleet
+
+#: Runs a shell script on a device with bytes as its input, and returns its output.
+Transport = Callable[[str, bytes], bytes]
+TIMEOUT_S = 3600.0
+
+_HOME = 'set -eu; umask 077; root="$HOME/.fedq"; mkdir -p "$root"'
+_FEDQ = (
+    'fedq="$root/venv/bin/fedq"; [ -x "$fedq" ] || fedq=$(command -v fedq) || '
+    '{ echo "fedq is not installed there; give --wheels DIR" >&2; exit 3; }'
+)
+_INSTALL = """
+tar -xf - -C "$root"
+[ -x "$root/venv/bin/python" ] || python3 -m venv "$root/venv"
+"$root/venv/bin/python" -m pip install --quiet --no-index --find-links "$root/wheels" \\
+    --upgrade fedq
+rm -rf "$root/wheels"
+"""
+_SERVICE = """
+if command -v systemctl >/dev/null && sudo -n true 2>/dev/null; then
+    sudo -n cp "$root/device/fedq-node.service" /etc/systemd/system/
+    sudo -n sed -i "/^\\[Service\\]/a User=$(id -un)" /etc/systemd/system/fedq-node.service
+    sudo -n systemctl daemon-reload
+    sudo -n systemctl enable fedq-node
+    sudo -n systemctl restart fedq-node
+    echo service
+else
+    echo none
+fi
+"""
+
+
+def over_ssh(host: str) -> Transport:
+    """Return the transport to a host, with the user's own keys and configuration of ssh."""
+    if host.startswith("-"):
+        raise ConfigError(f"'{host}' is no host")
+
+    def run(script: str, data: bytes) -> bytes:
+        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", host]
+        try:
+            done = subprocess.run(
+                [*command, f"sh -c {shlex.quote(script)}"],
+                input=data,
+                capture_output=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise FedqError("ssh is not installed here") from None
+        except subprocess.TimeoutExpired:
+            raise FedqError(f"{host} did not finish within {TIMEOUT_S:.0f} s") from None
+        if done.returncode:
+            words = done.stderr.decode(errors="replace").strip().splitlines()
+            raise FedqError(f"{host}: {words[-1] if words else f'status {done.returncode}'}")
+        return done.stdout
+
+    return run
+
+
+def enroll(
+    fleet: Fleet,
+    name: str,
+    transport: Transport,
+    *,
+    node: Sequence[str] = (),
+    wheels: Path | None = None,
+    service: bool = True,
+) -> tuple[Fleet, str]:
+    """Make a device part of the fleet: software, a new key, its data's place, its service.
+
+    Args:
+      fleet: Gets the device, or the device's new key.
+      name: The device.
+      transport: To the device.
+      node: ``KEY=VALUE`` of its data, as for ``fedq fleet join``.
+      wheels: A wheelhouse to install from; without one, fedq is there already.
+      service: Whether to have systemd start it, where that is possible.
+
+    Returns:
+      The fleet, and how the device runs: ``service``, or ``none``.
+    """
+    if wheels is not None:
+        install(transport, wheels)
+    fleet, code = enrol(fleet, name)
+    archive = f'"$root/{name}.tar"'
+    transport(f"{_HOME}; cat > {archive}", fleet.bundle(name).read_bytes())
+    options = " ".join(f"--node {shlex.quote(text)}" for text in node)
+    transport(
+        f'{_HOME}; {_FEDQ}; "$fedq" fleet join {archive} --into "$root/device" {options};'
+        f" rm {archive}",
+        code.encode() + b"\n",
+    )
+    how = b"none"
+    if service:
+        how = transport(f"{_HOME}\n{_SERVICE}", b"").strip()
+    return fleet, how.decode()
+
+
+def install(transport: Transport, wheels: Path) -> None:
+    """Install fedq on a device from a folder of wheels; nothing else is reached from there."""
+    files = sorted(wheels.glob("*.whl"))
+    if not any(path.name.startswith("fedq-") for path in files):
+        raise FedqError(f"no wheel of fedq in {wheels}; make one with fedq fleet wheelhouse")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in files:
+            archive.add(path, f"wheels/{path.name}")
+    transport(f"{_HOME}\n{_INSTALL}", buffer.getvalue())
+
+
+def upgrade(transport: Transport, wheels: Path) -> str:
+    """Install newer software on a device and restart its service; return how it runs."""
+    install(transport, wheels)
+    return transport(f"{_HOME}\n{_SERVICE}", b"").strip().decode()
+
+
+def accepted(transport: Transport) -> str:
+    """Return what a device says when it tries its server.
+
+    Raises:
+      FedqError: With the reason, if the server does not accept it.
+    """
+    return (
+        transport(f'{_HOME}; {_FEDQ}; "$fedq" fleet node "$root/device" --check', b"")
+        .decode(errors="replace")
+        .strip()
+    )
