@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from fedq.downlink import INITIAL
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
+from fedq.privacy.base import Privacy, Round
+from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
 from fedq.training_config import TrainingConfig
@@ -70,6 +72,7 @@ class Task:
       codec: How to encode the delta.
       kept: Whether the weights are in the store, for the next request to build on.
       moved: (d,) float32, the weights minus those of the base; an update may be coded beside it.
+      privacy: What :meth:`reply` does to the delta before it is encoded.
     """
 
     message: Message
@@ -81,6 +84,7 @@ class Task:
     codec: Codec
     kept: bool = False
     moved: Vector | None = None
+    privacy: Privacy = field(default_factory=NoPrivacy)
 
     @classmethod
     def open(
@@ -145,6 +149,7 @@ class Task:
             registry.from_config("codec", metadata.get("codec")),
             kept,
             moved,
+            registry.from_config("privacy", metadata.get("privacy", NoPrivacy.name)),
         )
 
     @property
@@ -166,7 +171,10 @@ class Task:
         state: Vector | None = None,
         store: StateStore | None = None,
     ) -> Message:
-        """Encode a delta and answer with it; beside how the model moved, where that is shorter.
+        """Protect a delta, encode it and answer; beside how the model moved, where that is shorter.
+
+        Under a privacy mechanism the answer says no loss, state or number of examples: they have no
+        noise.
 
         Args:
           delta: (d,) float32, local minus global weights.
@@ -180,11 +188,17 @@ class Task:
         if not 0 <= client < 2**SEED_BITS:
             raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
         client = int(client)  # of NumPy, too
+        cohort = registry.convert(self.metadata.get("cohort", 1), int, "cohort")
+        about = Round(self.round, int(self.metadata["seed"]), cohort, len(delta))
+        protected = self.privacy.protect(delta, about, self.privacy.entropy(about, client))
+        delta = protected.delta
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         references: list[Vector | None] = [None]
         if self.moved is not None and self.codec.predictive:
             references.append(self.moved)
-        if isinstance(self.codec, ErrorFeedback):
+        if protected.codes is not None:
+            payloads = [protected.codes]
+        elif isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
             residual = store.residual(client, self.round, self.layout)
@@ -199,8 +213,14 @@ class Task:
                 self.codec.encode(delta, self.layout, seed, reference=reference)
                 for reference in references
             ]
+        if self.privacy.unit:
+            state, loss = None, None
+        if self.privacy.uniform:
+            examples = 1
         record = Identity().encode(self.state if state is None else state, self.state_layout)
         metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
+        if protected.within is not None:
+            metadata["within"] = protected.within
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
         if self.kept:
@@ -243,6 +263,10 @@ class Site(Protocol):
     def store(self, context: Context) -> StateStore:
         """Return where this client keeps state between rounds."""
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the data is no one's: the server may then ask for noise that is no secret."""
+
 
 @dataclass(frozen=True)
 class SimulatedSite:
@@ -259,6 +283,7 @@ class SimulatedSite:
     parts: Mapping[int, NDArray[np.int64]]
     state_directory: Path
     models: int = 2
+    simulated: ClassVar[bool] = True
 
     def identity(self, context: Context) -> int:
         """Return the node's partition."""
@@ -308,6 +333,8 @@ class Client:
         x, y = self.site.examples(context)
         if len(y) == 0:
             return task.drop(f"client {client} has no training data")
+        if task.privacy.seeded and not self.site.simulated:
+            return task.drop("seeded noise protects nobody; the server must set privacy.seeded=false")
         trainer.load(task.weights, task.state)
         try:
             trained = trainer.train(x, y, request.training, task.seed(client, "train"))

@@ -145,6 +145,7 @@ class Experiment:
             "decode_threads must be 0 (all cores) to 256",
             self.decode_threads,
         )
+        self.privacy.check(self)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from fedq import registry
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
-from fedq.errors import FedqError
+from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
+from fedq.privacy.base import PrivacyState
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
@@ -24,6 +26,7 @@ from fedq.training import Trainer, trainer_for
 # isort: split
 from flwr.serverapp import Grid
 
+LOG = logging.getLogger("fedq")
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
 #: That decode unless more are asked for: each holds an update, and what it is decoded from.
@@ -53,7 +56,7 @@ def run(
     """
     server = _Server(grid, experiment, dataset, directory, observer)
     state = server.resumed() if directory.has_checkpoint() else server.started()
-    while state.round < experiment.rounds:
+    while state.round < experiment.rounds and not server.exhausted(state):
         state = server.next_round(state)
     return server.finish(state)
 
@@ -100,11 +103,18 @@ class _Server:
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
+            privacy=experiment.privacy,
         )
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
         state = self.strategy.initial(self.trainer.weights(), self.trainer.state())
+        state = self.strategy.calibrated(self.grid, state, self.experiment.rounds)
+        if self.exhausted(state):
+            raise ConfigError(
+                "the privacy budget does not allow a single round; raise privacy.epsilon, or leave "
+                "out privacy.noise_multiplier so that the noise follows from the budget"
+            )
         self.directory.truncate_rounds(after=-1)
         self._write(state, RoundReport(0), self._judge(state))
         return state
@@ -113,7 +123,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients"],
+            meta=["layout", "failures", "held", "strangers", "clients", "privacy"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -147,13 +157,19 @@ class _Server:
                 frozenset(saved.meta["strangers"]),
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
+            PrivacyState.load(saved.tensors, saved.meta["privacy"]),
         )
+
+    def exhausted(self, state: ServerState) -> bool:
+        """Whether the next round could exceed the privacy budget."""
+        return self.strategy.exhausted(self.grid, state)
 
     def next_round(self, before: ServerState) -> ServerState:
         """Run, judge and write one round."""
         state, report = self.strategy.run_round(self.grid, before)
         due = state.round % self.experiment.evaluate_every == 0
-        judged = self._judge(state) if due or state.round == self.experiment.rounds else {}
+        last = state.round == self.experiment.rounds or self.exhausted(state)
+        judged = self._judge(state) if due or last else {}
         self._write(state, report, judged)
         return state
 
@@ -172,6 +188,8 @@ class _Server:
     def _write(self, state: ServerState, report: RoundReport, judged: dict[str, Any]) -> None:
         record = {**dataclasses.asdict(report), "rejected": dict(report.rejected), **judged}
         record["seconds"] += judged.get("evaluation_seconds", 0.0)
+        if report.privacy is None:
+            del record["privacy"]
         self.directory.append_round(record)
         tensors: dict[str, NDArray[Any]] = {"weights": state.weights, "state": state.state}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
@@ -186,7 +204,11 @@ class _Server:
             "held": {str(node): held for node, held in state.broadcasts.held.items()},
             "strangers": sorted(state.broadcasts.strangers),
             "clients": {str(node): client for node, client in state.clients.items()},
+            "privacy": None,
         }
+        if state.privacy is not None:
+            tensors |= state.privacy.tensors()
+            meta["privacy"] = state.privacy.meta()
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:
             self.observer(record)
@@ -198,6 +220,13 @@ class _Server:
         digest = self.directory.save_model(tensors, self.strategy.task)
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
+        summary |= self.strategy.statement(state)
+        if state.round < self.experiment.rounds:
+            summary["stopped"] = (
+                f"after {state.round} of {self.experiment.rounds} rounds: the next could exceed the "
+                f"privacy budget of epsilon {self.experiment.privacy.epsilon}"
+            )
+            LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)
         return summary
 
