@@ -27,6 +27,7 @@ from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
 from fedq.privacy.base import Privacy, Round
+from fedq.privacy.example_gaussian import ExampleGaussian
 from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
@@ -37,7 +38,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
-    from fedq.training import Trainer
+    from fedq.training import Trained, Trainer
 
 EMPTY = Layout((), ())
 #: What of a request's metadata decides the model.
@@ -161,6 +162,19 @@ class Task:
         """Return this client's seed in this round for a named purpose."""
         return derive(int(self.metadata["seed"]), self.round, client, purpose)
 
+    @property
+    def about(self) -> Round:
+        """What a privacy mechanism has to know of the round."""
+        training = TrainingConfig.from_config(self.metadata.get("training", {}))
+        return Round(
+            self.round,
+            int(self.metadata["seed"]),
+            registry.convert(self.metadata.get("cohort", 1), int, "cohort"),
+            self.layout.size,
+            training.batch_size,
+            training.local_epochs,
+        )
+
     def reply(
         self,
         delta: Vector,
@@ -188,9 +202,9 @@ class Task:
         if not 0 <= client < 2**SEED_BITS:
             raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
         client = int(client)  # of NumPy, too
-        cohort = registry.convert(self.metadata.get("cohort", 1), int, "cohort")
-        about = Round(self.round, int(self.metadata["seed"]), cohort, len(delta))
-        protected = self.privacy.protect(delta, about, self.privacy.entropy(about, client))
+        protected = self.privacy.protect(
+            delta, self.about, self.privacy.entropy(self.about, client)
+        )
         delta = protected.delta
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         references: list[Vector | None] = [None]
@@ -334,10 +348,14 @@ class Client:
         if len(y) == 0:
             return task.drop(f"client {client} has no training data")
         if task.privacy.seeded and not self.site.simulated:
-            return task.drop("seeded noise protects nobody; the server must set privacy.seeded=false")
+            return task.drop(
+                "seeded noise protects nobody; the server must set privacy.seeded=false"
+            )
+        if refusal := task.privacy.refusal(len(y), task.about):
+            return task.drop(refusal)
         trainer.load(task.weights, task.state)
         try:
-            trained = trainer.train(x, y, request.training, task.seed(client, "train"))
+            trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
         return task.reply(
@@ -383,6 +401,23 @@ class Client:
         if self._trainer is None or self._trainer[0] != key:
             self._trainer = (key, trainer_for(**spec, seed=0))
         return self._trainer[1]
+
+
+def _train(
+    trainer: Trainer,
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    training: TrainingConfig,
+    task: Task,
+    client: int,
+) -> Trained:
+    if isinstance(task.privacy, ExampleGaussian):
+        from fedq.private_training import train_privately
+
+        about = task.about
+        entropy = task.privacy.entropy(about, client)
+        return train_privately(trainer, x, y, training, task.privacy, about, entropy)
+    return trainer.train(x, y, training, task.seed(client, "train"))
 
 
 def _initial(metadata: Mapping[str, Any]) -> Vector:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import registry
+from fedq import private_training, registry
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.errors import ConfigError, FedqError
@@ -78,6 +78,8 @@ class _Server:
         self.trainer: Trainer = trainer_for(
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
+        if experiment.privacy.unit == "example":
+            private_training.check(self.trainer)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.strategy = FedQ(
             layout=self.trainer.layout,
@@ -223,8 +225,8 @@ class _Server:
         summary |= self.strategy.statement(state)
         if state.round < self.experiment.rounds:
             summary["stopped"] = (
-                f"after {state.round} of {self.experiment.rounds} rounds: the next could exceed the "
-                f"privacy budget of epsilon {self.experiment.privacy.epsilon}"
+                f"after {state.round} of {self.experiment.rounds} rounds: the next could exceed "
+                f"the privacy budget of epsilon {self.experiment.privacy.epsilon}"
             )
             LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)

@@ -35,6 +35,7 @@ from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.threads import in_threads
+from fedq.training_config import TrainingConfig
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -276,7 +277,15 @@ class FedQ(Strategy):
         )
 
     def _about(self, server_round: int, sampled: int) -> Round:
-        return Round(server_round, self.seed, sampled, self.layout.size)
+        training = TrainingConfig(**self.task.get("training", {}))
+        return Round(
+            server_round,
+            self.seed,
+            sampled,
+            self.layout.size,
+            training.batch_size,
+            training.local_epochs,
+        )
 
     def _claims(self, before: ServerState) -> _Claims:
         """Return who is which client; a node that left frees its number."""
@@ -491,8 +500,9 @@ class FedQ(Strategy):
         if current.privacy.asks_within != isinstance(within, bool):
             raise DecodeError(f"says {within!r} of its clipping")
         beside = current.context.claim(node, metadata.get("context"))
+        delta: wire.Frame | bytes | memoryview = message.parts[0]
         if current.privacy.integers:
-            delta, client = message.parts[0], current.claims.claim(node, metadata.get("client"))
+            client = current.claims.claim(node, metadata.get("client"))
         else:
             delta, client = self._frame(node, message, beside, current)
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
@@ -517,6 +527,7 @@ class FedQ(Strategy):
     def _decode(self, update: Update, current: _Round) -> tuple[NDArray[Any], Vector]:
         """Return an update's delta (or integers) and state; safe in several threads."""
         privacy = current.privacy
+        delta: NDArray[Any]
         try:
             if isinstance(update.delta, wire.Frame):
                 delta = privacy.received(decode_frame(update.delta, self.layout, update.beside))

@@ -28,5 +28,5 @@ def clipped(x: Vector, bound: float) -> Vector:
     length = norm(x)
     if length <= bound:
         return x
-    out: Vector = (x * (bound * _MARGIN / length)).astype(np.float32)
-    return out
+    scaled = x * np.float64(bound * _MARGIN / length)
+    return scaled.astype(np.float32)

@@ -40,7 +40,7 @@ class Entropy:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Return multiples of 2**-53 in [0, 1), (count,) float64."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)) * np.float64(2.0**-53)
 
     def below(self, limit: int) -> int:
         """Return one integer in [0, limit), limit at most 2**63.

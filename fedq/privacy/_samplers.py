@@ -9,8 +9,8 @@ statistical distance of 2**-100 of it.
 from __future__ import annotations
 
 import math
-from decimal import Decimal, localcontext
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from functools import lru_cache
 
 import numpy as np

@@ -62,8 +62,9 @@ class AdaptiveGaussian(Gaussian):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.quantile <= 1:
-            raise ConfigError(f"privacy.quantile must be in [0, 1], not {self.quantile}; 0.5 is"
-                              " the median")
+            raise ConfigError(
+                f"privacy.quantile must be in [0, 1], not {self.quantile}; 0.5 is the median"
+            )
         if not 0 < self.rate <= 10:
             raise ConfigError(f"privacy.rate must be in (0, 10], not {self.rate}; 0.2 is usual")
 

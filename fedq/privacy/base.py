@@ -39,12 +39,16 @@ class Round:
       seed: The run's.
       cohort: Clients that were asked.
       size: Coordinates of an update, d.
+      batch_size: Examples per local step.
+      epochs: Of local training.
     """
 
     number: int
     seed: int
     cohort: int
     size: int
+    batch_size: int = 1
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class PrivacyState:
         return cls(meta["clip"], meta["noise_multiplier"], Ledger(*named))
 
 
-class Privacy(abc.ABC):
+class Privacy:
     """How updates are protected; frozen, registered, chosen by ``privacy=``.
 
     This class is no protection at all; mechanisms derive from :class:`Mechanism`.
@@ -131,6 +135,7 @@ class Privacy(abc.ABC):
 
     def check(self, experiment: Experiment) -> None:
         """Refuse an experiment under which the mechanism guarantees nothing."""
+        return
 
     def initial(self) -> PrivacyState | None:
         """Return the state before the first round."""
@@ -149,6 +154,10 @@ class Privacy(abc.ABC):
         return Entropy()
 
     # --- on a client ---------------------------------------------------------------------------
+
+    def refusal(self, examples: int, about: Round) -> str | None:
+        """Return why a client with so many examples takes no part, None if it does."""
+        return None
 
     def protect(self, delta: Vector, about: Round, entropy: Entropy) -> Protected:
         """Return a trained (d,) update as it may leave the client."""

@@ -1,4 +1,4 @@
-"""Discrete Gaussian noise of the clients on integer codes, Kairouz et al. 2021, arXiv:2102.06387."""
+"""Discrete Gaussian noise of the clients on codes, Kairouz et al. 2021, arXiv:2102.06387."""
 
 from __future__ import annotations
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedq.errors import ConfigError
 from fedq.layout import Vector
 from fedq.privacy._clip import clipped
 from fedq.privacy._entropy import Entropy
 from fedq.privacy._ledger import Rdp, gaussian_epsilon, gaussian_rdp
-from fedq.privacy._samplers import discrete_gaussian
+from fedq.privacy._samplers import MAX_TABLE_SIGMA, discrete_gaussian, gaussian_table
 from fedq.privacy.base import ClientLevel, Protected, Round
 from fedq.registry import register
 
@@ -82,20 +84,43 @@ class Gaussian(ClientLevel):
 
 
 def noisy_sum(
-    total: NDArray[np.float64], bound: float, sigma: float, replies: int, entropy: Entropy
+    total: NDArray[np.float64],
+    bound: float,
+    sigma: float,
+    replies: int,
+    entropy: Entropy,
+    grid: int = GRID,
 ) -> NDArray[np.float64]:
     """Return a (d,) sum of vectors of norm ``bound`` at most, plus Gaussian noise on a grid.
 
-    The sum is rounded to a grid, and the noise is a discrete Gaussian of 2**22 steps, so that no
-    low bit of a floating-point number gives anything away. Of what two sums that differ by one
-    vector differ by, the bound is the most part; the float32 mean they come from and the grid add
+    The sum is rounded to a grid, and the noise is a discrete Gaussian of many steps, so that no low
+    bit of a floating-point number gives anything away. Of what two sums that differ by one vector
+    differ by, the bound is the most part; the float32 arithmetic they come from and the grid add
     ``replies bound 2**-23 + g sqrt(d)``, with g the grid's step. The noise is ``sigma`` times all
     of it. At this many steps the discrete Gaussian's privacy is the Gaussian's: exactly so in RDP,
-    and in epsilon to within the 2**-22 that the privacy loss moves from one step to the next.
+    and in epsilon to within what the privacy loss moves from one step to the next.
+
+    Args:
+      total: The sum.
+      bound: On the norm of each vector in it.
+      sigma: Noise multiplier.
+      replies: Vectors in the sum.
+      entropy: Of the noise.
+      grid: Steps of the grid per standard deviation; up to 2**14 are fast to sample.
     """
     exact = bound * (1 + replies * 2.0**-23)
-    sensitivity = exact / (1 - sigma * np.sqrt(total.size) / GRID)
-    step = sigma * sensitivity / GRID
-    noise = discrete_gaussian(GRID, total.size, entropy)
-    noisy: NDArray[np.float64] = (np.rint(total / step) + noise) * step
+    coarseness = sigma * math.sqrt(total.size) / grid
+    if coarseness >= 0.5:
+        raise ConfigError(
+            f"noise of {sigma:.3g} times the bound over {total.size} coordinates drowns everything;"
+            " lower privacy.noise_multiplier or raise privacy.epsilon"
+        )
+    step = sigma * exact / (1 - coarseness) / grid
+    if grid <= MAX_TABLE_SIGMA:
+        noise = gaussian_table(grid).sample(total.size, entropy)
+    else:
+        noise = discrete_gaussian(grid, total.size, entropy)
+    noisy: NDArray[np.float64] = np.rint(total / step)
+    noisy += noise
+    noisy *= step
     return noisy

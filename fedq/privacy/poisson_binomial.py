@@ -133,8 +133,10 @@ class BinomialCodes(Encoder):
 
     def decode(self, total: Integers, n: int) -> Vector:
         """Return the mean of n vectors."""
-        centred = (total & ((1 << self.bits) - 1)) - 0.5 * n * self.levels
-        return self._derotated(centred * (self.cut / (n * self.levels * self.theta)))
+        centred = (total & ((1 << self.bits) - 1)).astype(np.float64)
+        centred -= 0.5 * n * self.levels
+        centred *= self.cut / (n * self.levels * self.theta)
+        return self._derotated(centred)
 
 
 @lru_cache(maxsize=32)
@@ -185,4 +187,5 @@ def _binomial(n: int, p: float) -> NDArray[np.float64]:
     heads = np.arange(n + 1)
     logs = choose + heads * math.log(p) + (n - heads) * math.log1p(-p)
     out: NDArray[np.float64] = np.exp(logs)
-    return out / out.sum()
+    out /= out.sum()
+    return out
