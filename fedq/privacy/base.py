@@ -396,7 +396,12 @@ class ClientLevel(Mechanism):
 
         def enough(noise_multiplier: float) -> bool:
             trial = dataclasses.replace(self, noise_multiplier=noise_multiplier)
-            total = (releases - 1) * trial.rdp(about.cohort, about) + trial.rdp(needed, about)
+            try:
+                total = trial.rdp(needed, about)
+                if releases > 1:
+                    total = total + (releases - 1) * trial.rdp(about.cohort, about)
+            except ConfigError:  # so little noise, or so much, that codes cannot carry it
+                return False
             return trial.epsilon_of(total) <= budget
 
         return dataclasses.replace(state, noise_multiplier=smallest(enough, "noise"))

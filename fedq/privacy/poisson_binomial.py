@@ -25,6 +25,7 @@ from fedq.registry import register
 CUT = 4.0
 MAX_THETA = 0.25
 _CHUNK = 1 << 16
+BETWEEN = 1.01  #: see :func:`coordinate_rdp`
 
 
 @register("privacy", "poisson_binomial")
@@ -148,8 +149,9 @@ def coordinate_rdp(replies: int, levels: int, theta: float) -> Rdp:
     whatever its data. So the others' sum holds ``Binomial(M, 1/2)`` with M itself binomial; to tell
     M and the rest helps the adversary only, and then the Rényi divergence is an average over M of
     ``exp((alpha - 1) D)``, computed from two binomial sums each. Values of M are put into a few
-    classes, each with the divergence of its least. The ratio ``D / b**2`` grows with b, which is
-    evaluated over the range.
+    classes, each with the divergence of its least. ``D / b**2`` is evaluated at eight biases;
+    between and below them it is smooth, and what it may exceed them by is added. At orders beyond
+    64 it is not, and they are left out.
     """
     others = (replies - 1) * levels
     mass = _binomial(others, 1 - 2 * theta)
@@ -158,7 +160,7 @@ def coordinate_rdp(replies: int, levels: int, theta: float) -> Rdp:
     edges = sorted(set(least))
     weights = [float(mass[a:b].sum()) for a, b in zip(edges, [*edges[1:], others + 1], strict=True)]
     worst = np.zeros(len(ORDERS))
-    for b in theta * np.array([0.1, 0.4, 0.7, 1.0]):
+    for b in theta * 2.0 ** (-np.arange(8) / 2):
         moments = np.zeros((2, len(ORDERS)))
         for fair, weight in zip(edges, weights, strict=True):
             p = np.convolve(_binomial(levels, 0.5 + b), _binomial(fair, 0.5))
@@ -166,7 +168,7 @@ def coordinate_rdp(replies: int, levels: int, theta: float) -> Rdp:
             moments[0] += weight * _moments(p, q)
             moments[1] += weight * _moments(q, p)
         worst = np.maximum(worst, np.log1p(moments.max(0)) / ((ORDERS - 1) * b**2))
-    return worst
+    return np.where(ORDERS <= 64, worst * BETWEEN, np.inf)
 
 
 def _moments(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
