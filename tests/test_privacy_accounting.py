@@ -60,9 +60,7 @@ def test_releases_of_different_noise_compose() -> None:
 def test_rdp_agrees_with_dp_accounting() -> None:
     accountant = dp_accounting.rdp.RdpAccountant(ORDERS)
     accountant.compose(dp_accounting.GaussianDpEvent(0.7), 5)
-    assert rdp_epsilon(5 * gaussian_rdp(0.7), DELTA) == pytest.approx(
-        accountant.get_epsilon(DELTA)
-    )
+    assert rdp_epsilon(5 * gaussian_rdp(0.7), DELTA) == pytest.approx(accountant.get_epsilon(DELTA))
 
 
 def test_nothing_released_costs_nothing() -> None:

@@ -117,9 +117,9 @@ def test_samplers_refuse_what_they_cannot_do(bad: int) -> None:
 
 # --- bounds --------------------------------------------------------------------------------------
 
-vectors = st.lists(
-    st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=80
-).map(lambda values: np.array(values, np.float32))
+vectors = st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=80).map(
+    lambda values: np.array(values, np.float32)
+)
 
 
 @given(vectors, st.floats(1e-6, 1e6))
@@ -137,9 +137,7 @@ def test_a_clipped_vector_is_never_longer(x: np.ndarray, bound: float) -> None:
     st.sampled_from([2, 9, 14, 16]),
     st.sampled_from([1e-3, 1.0, 50.0]),
 )
-def test_a_rounded_vector_is_never_longer(
-    x: np.ndarray, seed: int, bits: int, clip: float
-) -> None:
+def test_a_rounded_vector_is_never_longer(x: np.ndarray, seed: int, bits: int, clip: float) -> None:
     sigma = 0.01 if bits == 2 else 0.5
     about = Round(number=seed % 7, seed=seed, cohort=2, size=x.size)
     privacy = build("privacy", "skellam", noise_multiplier=sigma, bits=bits, clip=clip)
@@ -157,9 +155,7 @@ def test_the_bound_on_rounding_is_needed_and_reached_at_times() -> None:
     """Rounding lengthens vectors: without the second draw some exceed a bound that is tight."""
     encoder = NoisyCodes(4096, 1.0, 2, 16, 0, 64.0, 1.0, gaussian_table)
     x = np.full(4096, 1 / 64, np.float32)
-    lengths = [
-        math.sqrt(float(np.square(encoder.rounded(x, Entropy(s))).sum())) for s in range(50)
-    ]
+    lengths = [math.sqrt(float(np.square(encoder.rounded(x, Entropy(s))).sum())) for s in range(50)]
     assert 64 < np.mean(lengths) < encoder.l2 < 1.05 * max(lengths)
 
 
@@ -170,7 +166,9 @@ def test_one_client_moves_the_sum_by_the_bound_at_most(name: str, data: st.DataO
     privacy = build("privacy", name, noise_multiplier=1.0, clip=0.7)
     updates = data.draw(
         st.lists(
-            st.lists(st.floats(-10000, 10000, width=32), min_size=5, max_size=5), min_size=2, max_size=6
+            st.lists(st.floats(-10000, 10000, width=32), min_size=5, max_size=5),
+            min_size=2,
+            max_size=6,
         )
     )
     about = Round(number=1, seed=0, cohort=len(updates), size=5)
