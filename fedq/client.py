@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from fedq.downlink import INITIAL
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.layout import Layout, Vector
+from fedq.privacy.base import Privacy, Round
+from fedq.privacy.example_gaussian import ExampleGaussian
+from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
 from fedq.training_config import TrainingConfig
@@ -35,7 +38,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
-    from fedq.training import Trainer
+    from fedq.training import Trained, Trainer
 
 EMPTY = Layout((), ())
 #: What of a request's metadata decides the model.
@@ -70,6 +73,7 @@ class Task:
       codec: How to encode the delta.
       kept: Whether the weights are in the store, for the next request to build on.
       moved: (d,) float32, the weights minus those of the base; an update may be coded beside it.
+      privacy: What :meth:`reply` does to the delta before it is encoded.
     """
 
     message: Message
@@ -81,6 +85,7 @@ class Task:
     codec: Codec
     kept: bool = False
     moved: Vector | None = None
+    privacy: Privacy = field(default_factory=NoPrivacy)
 
     @classmethod
     def open(
@@ -145,6 +150,7 @@ class Task:
             registry.from_config("codec", metadata.get("codec")),
             kept,
             moved,
+            registry.from_config("privacy", metadata.get("privacy", NoPrivacy.name)),
         )
 
     @property
@@ -156,6 +162,19 @@ class Task:
         """Return this client's seed in this round for a named purpose."""
         return derive(int(self.metadata["seed"]), self.round, client, purpose)
 
+    @property
+    def about(self) -> Round:
+        """What a privacy mechanism has to know of the round."""
+        training = TrainingConfig.from_config(self.metadata.get("training", {}))
+        return Round(
+            self.round,
+            int(self.metadata["seed"]),
+            registry.convert(self.metadata.get("cohort", 1), int, "cohort"),
+            self.layout.size,
+            training.batch_size,
+            training.local_epochs,
+        )
+
     def reply(
         self,
         delta: Vector,
@@ -166,7 +185,10 @@ class Task:
         state: Vector | None = None,
         store: StateStore | None = None,
     ) -> Message:
-        """Encode a delta and answer with it; beside how the model moved, where that is shorter.
+        """Protect a delta, encode it and answer; beside how the model moved, where that is shorter.
+
+        Under a privacy mechanism the answer says no loss, state or number of examples: they have no
+        noise.
 
         Args:
           delta: (d,) float32, local minus global weights.
@@ -180,11 +202,17 @@ class Task:
         if not 0 <= client < 2**SEED_BITS:
             raise ConfigError(f"client must be a number from 0 and below 2**64, not {client}")
         client = int(client)  # of NumPy, too
+        protected = self.privacy.protect(
+            delta, self.about, self.privacy.entropy(self.about, client)
+        )
+        delta = protected.delta
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         references: list[Vector | None] = [None]
         if self.moved is not None and self.codec.predictive:
             references.append(self.moved)
-        if isinstance(self.codec, ErrorFeedback):
+        if protected.codes is not None:
+            payloads = [protected.codes]
+        elif isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
             residual = store.residual(client, self.round, self.layout)
@@ -199,8 +227,14 @@ class Task:
                 self.codec.encode(delta, self.layout, seed, reference=reference)
                 for reference in references
             ]
+        if self.privacy.unit:
+            state, loss = None, None
+        if self.privacy.uniform:
+            examples = 1
         record = Identity().encode(self.state if state is None else state, self.state_layout)
         metadata: dict[str, Any] = {"round": self.round, "client": client, "examples": examples}
+        if protected.within is not None:
+            metadata["within"] = protected.within
         if loss is not None:
             metadata["loss"] = float(f"{loss:.6g}")
         if self.kept:
@@ -243,6 +277,10 @@ class Site(Protocol):
     def store(self, context: Context) -> StateStore:
         """Return where this client keeps state between rounds."""
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the data is no one's: the server may then ask for noise that is no secret."""
+
 
 @dataclass(frozen=True)
 class SimulatedSite:
@@ -259,6 +297,7 @@ class SimulatedSite:
     parts: Mapping[int, NDArray[np.int64]]
     state_directory: Path
     models: int = 2
+    simulated: ClassVar[bool] = True
 
     def identity(self, context: Context) -> int:
         """Return the node's partition."""
@@ -308,9 +347,15 @@ class Client:
         x, y = self.site.examples(context)
         if len(y) == 0:
             return task.drop(f"client {client} has no training data")
+        if task.privacy.seeded and not self.site.simulated:
+            return task.drop(
+                "seeded noise protects nobody; the server must set privacy.seeded=false"
+            )
+        if refusal := task.privacy.refusal(len(y), task.about):
+            return task.drop(refusal)
         trainer.load(task.weights, task.state)
         try:
-            trained = trainer.train(x, y, request.training, task.seed(client, "train"))
+            trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
         return task.reply(
@@ -356,6 +401,23 @@ class Client:
         if self._trainer is None or self._trainer[0] != key:
             self._trainer = (key, trainer_for(**spec, seed=0))
         return self._trainer[1]
+
+
+def _train(
+    trainer: Trainer,
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    training: TrainingConfig,
+    task: Task,
+    client: int,
+) -> Trained:
+    if isinstance(task.privacy, ExampleGaussian):
+        from fedq.private_training import train_privately
+
+        about = task.about
+        entropy = task.privacy.entropy(about, client)
+        return train_privately(trainer, x, y, training, task.privacy, about, entropy)
+    return trainer.train(x, y, training, task.seed(client, "train"))
 
 
 def _initial(metadata: Mapping[str, Any]) -> Vector:

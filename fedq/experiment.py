@@ -160,6 +160,7 @@ class Experiment:
             "attack needs uplink_context=false: it decodes replies on their own",
             self.uplink_context,
         )
+        self.privacy.check(self)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     @property

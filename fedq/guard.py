@@ -86,6 +86,10 @@ class GuardState:
     barred: Mapping[int, int] = field(default_factory=dict)
     registered: Mapping[int, int] = field(default_factory=dict)
 
+    def barred_in(self, server_round: int) -> frozenset[int]:
+        """Return the nodes that are not to be asked in a round."""
+        return frozenset(node for node, last in self.barred.items() if last >= server_round)
+
     def to_meta(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_meta` reads."""
         return {
@@ -174,7 +178,7 @@ class Watch:
         self._sizes: list[Size] = []
         self._struck: dict[int, bool] = {}
         self._registered = dict(before.registered)
-        self.barred = frozenset(n for n, last in before.barred.items() if last >= server_round)
+        self.barred = before.barred_in(server_round)
 
     def admit(self, delta: Vector, state: Vector) -> Vector:
         """Return a decoded delta as it counts; safe in several threads.

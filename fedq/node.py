@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class DeviceSite:
 
     data: Any
     state_directory: Path
+    simulated: ClassVar[bool] = False
 
     def identity(self, context: Context) -> int:
         """Return ``partition-id``; without one, the number that Flower gave to the node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import registry
+from fedq import private_training, registry
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.engines.adversary import Adversary
-from fedq.errors import FedqError
+from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
 from fedq.guard import GuardState
 from fedq.layout import Vector
+from fedq.privacy.base import PrivacyState
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
@@ -27,6 +29,7 @@ from fedq.training import Trainer, trainer_for
 # isort: split
 from flwr.serverapp import Grid
 
+LOG = logging.getLogger("fedq")
 #: Called with every record of rounds.jsonl as it is written.
 Observer = Callable[[Mapping[str, Any]], None]
 #: That decode unless more are asked for: each holds an update, and what it is decoded from.
@@ -56,7 +59,7 @@ def run(
     """
     server = _Server(grid, experiment, dataset, directory, observer)
     state = server.resumed() if directory.has_checkpoint() else server.started()
-    while state.round < experiment.rounds:
+    while state.round < experiment.rounds and not server.exhausted(state):
         state = server.next_round(state)
     return server.finish(state)
 
@@ -78,6 +81,8 @@ class _Server:
         self.trainer: Trainer = trainer_for(
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
+        if experiment.privacy.unit == "example":
+            private_training.check(self.trainer)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.root = _root(dataset, experiment.aggregator.trusted_examples, experiment.seed)
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
@@ -107,6 +112,7 @@ class _Server:
             guard=experiment.guard,
             trusted=self._trusted,
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
+            privacy=experiment.privacy,
         )
 
     def _trusted(self, state: ServerState) -> Vector:
@@ -118,6 +124,12 @@ class _Server:
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
         state = self.strategy.initial(self.trainer.weights(), self.trainer.state())
+        state = self.strategy.calibrated(self.grid, state, self.experiment.rounds)
+        if self.exhausted(state):
+            raise ConfigError(
+                "the privacy budget does not allow a single round; raise privacy.epsilon, or leave "
+                "out privacy.noise_multiplier so that the noise follows from the budget"
+            )
         self.directory.truncate_rounds(after=-1)
         self._write(state, RoundReport(0), self._judge(state))
         return state
@@ -126,7 +138,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients", "guard"],
+            meta=["layout", "failures", "held", "strangers", "clients", "guard", "privacy"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -161,13 +173,19 @@ class _Server:
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
             GuardState.from_meta(saved.meta["guard"]),
+            PrivacyState.load(saved.tensors, saved.meta["privacy"]),
         )
+
+    def exhausted(self, state: ServerState) -> bool:
+        """Whether the next round could exceed the privacy budget."""
+        return self.strategy.exhausted(self.grid, state)
 
     def next_round(self, before: ServerState) -> ServerState:
         """Run, judge and write one round."""
         state, report = self.strategy.run_round(self.grid, before)
         due = state.round % self.experiment.evaluate_every == 0
-        judged = self._judge(state) if due or state.round == self.experiment.rounds else {}
+        last = state.round == self.experiment.rounds or self.exhausted(state)
+        judged = self._judge(state) if due or last else {}
         self._write(state, report, judged)
         return state
 
@@ -188,6 +206,8 @@ class _Server:
         record["seconds"] += judged.get("evaluation_seconds", 0.0)
         if isinstance(self.grid, Adversary):
             record["attackers"] = self.grid.asked if report.round else 0
+        if report.privacy is None:
+            del record["privacy"]
         self.directory.append_round(record)
         tensors: dict[str, NDArray[Any]] = {"weights": state.weights, "state": state.state}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
@@ -203,7 +223,11 @@ class _Server:
             "strangers": sorted(state.broadcasts.strangers),
             "clients": {str(node): client for node, client in state.clients.items()},
             "guard": state.guard.to_meta(),
+            "privacy": None,
         }
+        if state.privacy is not None:
+            tensors |= state.privacy.tensors()
+            meta["privacy"] = state.privacy.meta()
         self.directory.save_checkpoint(state.round, tensors, meta)
         if self.observer is not None:
             self.observer(record)
@@ -215,6 +239,13 @@ class _Server:
         digest = self.directory.save_model(tensors, self.strategy.task)
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
+        summary |= self.strategy.statement(state)
+        if state.round < self.experiment.rounds:
+            summary["stopped"] = (
+                f"after {state.round} of {self.experiment.rounds} rounds: the next could exceed "
+                f"the privacy budget of epsilon {self.experiment.privacy.epsilon}"
+            )
+            LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)
         return summary
 

@@ -32,8 +32,11 @@ from fedq.guard import Guard, GuardState, RejectedError, Watch
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
+from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
+from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.threads import in_threads
+from fedq.training_config import TrainingConfig
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -73,6 +76,7 @@ class ServerState:
       broadcasts: What was sent lately, and who holds it.
       clients: By node, the client number that it first claimed.
       guard: What the guard remembers.
+      privacy: The clipping bound and what clients have spent, None without a mechanism.
     """
 
     round: int
@@ -83,6 +87,7 @@ class ServerState:
     broadcasts: Broadcasts = field(default_factory=Broadcasts)
     clients: Mapping[int, int] = field(default_factory=dict)
     guard: GuardState = field(default_factory=GuardState)
+    privacy: PrivacyState | None = None
 
 
 @dataclass
@@ -103,6 +108,7 @@ class RoundReport:
     train_loss: float | None = None
     seconds: float = 0.0
     skipped: bool = False
+    privacy: dict[str, Any] | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -118,10 +124,11 @@ class Update:
 
     node: int
     slot: int  #: the client's place in the cohort
-    delta: wire.Frame
+    delta: wire.Frame | memoryview | bytes  #: a codec's, or the packed integers of a mechanism
     state: bytes | memoryview
     weight: float
     loss: float | None
+    source: Contribution
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
 
 
@@ -158,6 +165,7 @@ class FedQ(Strategy):
       guard: What is refused though it is well-formed, and who is not asked again.
       trusted: Trains on the server's own examples, for an aggregator with ``trusted_examples``:
         from the round's state to a delta, (d,) float32.
+      privacy: What protects the updates; a mechanism with a guarantee weighs them all alike.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -187,6 +195,7 @@ class FedQ(Strategy):
         uplink_context: bool = False,
         guard: Guard | None = None,
         trusted: Callable[[ServerState], Vector] | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -196,7 +205,8 @@ class FedQ(Strategy):
         self.clients_per_round = clients_per_round
         self.seed = seed
         self.task = dict(task or {})
-        self.weighting = weighting
+        self.privacy = privacy or NoPrivacy()
+        self.weighting = "uniform" if self.privacy.uniform else weighting
         self.max_examples = max_examples
         self.quorum = quorum
         self.deadline_s = deadline_s
@@ -215,7 +225,8 @@ class FedQ(Strategy):
         """Return the state before the first round."""
         if state is None:
             state = np.zeros(self.state_layout.size, np.float32)
-        return ServerState(0, weights, state, self.server_optimizer.init(self.layout.size))
+        optimizer = self.server_optimizer.init(self.layout.size)
+        return ServerState(0, weights, state, optimizer, privacy=self.privacy.initial())
 
     def run_round(self, grid: Grid, before: ServerState) -> tuple[ServerState, RoundReport]:
         """Run the next round; a pure function of the state, the seed and the replies.
@@ -234,17 +245,20 @@ class FedQ(Strategy):
         watch = self.guard.watch(before.guard, report.round, before.weights)
         nodes = self.sample(grid, report.round, watch.barred)
         report.sampled, report.quarantined = len(nodes), len(watch.barred)
+        about = self._about(report.round, len(nodes))
+        privacy = self.privacy.at(before.privacy)
+        asked = privacy.request(len(nodes))
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
-        blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
+        blobs: dict[int | None, bytes] = {None: self._blob(before, asked, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
         messages, context = [], _Context(self.downlink, before.broadcasts, whole)
         for node in nodes:
             base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
                 changes = self.downlink.changes(weights, seed, before.broadcasts, base)
-                blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
+                blobs[base] = min(self._blob(before, asked, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             if self.uplink_context and base is not None and blobs[base] is not blobs[None]:
                 context.offered[node] = base
@@ -252,7 +266,7 @@ class FedQ(Strategy):
             messages.append(
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
-        report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
+        report.float32_downlink_bytes = len(self._blob(before, asked, self._float32)) * len(nodes)
         return _Round(
             before=before,
             report=report,
@@ -264,7 +278,20 @@ class FedQ(Strategy):
             whole=whole,
             context=context,
             watch=watch,
+            privacy=privacy,
+            about=about,
             start=start,
+        )
+
+    def _about(self, server_round: int, sampled: int) -> Round:
+        training = TrainingConfig(**self.task.get("training", {}))
+        return Round(
+            server_round,
+            self.seed,
+            sampled,
+            self.layout.size,
+            training.batch_size,
+            training.local_epochs,
         )
 
     def _claims(self, before: ServerState) -> _Claims:
@@ -308,9 +335,16 @@ class FedQ(Strategy):
         chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _blob(self, before: ServerState, model: bytes, base: int | None = None) -> bytes:
+    def _blob(
+        self,
+        before: ServerState,
+        asked: Mapping[str, Any],
+        model: bytes,
+        base: int | None = None,
+    ) -> bytes:
         metadata = {
             **self.task,
+            **asked,
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
@@ -326,18 +360,21 @@ class FedQ(Strategy):
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
         before, report = current.before, current.report
+        privacy, about = current.privacy, current.about
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(before)
-        deltas = self.aggregator.stream(self.layout.size, report.sampled, reference)
+        deltas = privacy.stream(self.aggregator, about, reference)
         states = self.aggregator.for_state.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
+        accepted: list[Contribution] = []
         lock = Lock()
 
         def add(update: Update) -> tuple[Update, RejectedError | None]:
             try:
-                delta, state = self._decode(update)
-                delta = current.watch.admit(delta, state)
+                delta, state = self._decode(update, current)
+                if not privacy.integers:  # the sizes of codes say nothing
+                    delta = current.watch.admit(delta, state)
             except RejectedError as error:
                 return update, error
             with lock:  # an addition is short beside a decoding
@@ -351,6 +388,7 @@ class FedQ(Strategy):
                 report.reject(error.kind, str(error))
                 continue
             report.replies += 1
+            accepted.append(update.source)
             report.float32_uplink_bytes += self._float32_reply_bytes
             if update.loss is not None:
                 losses.append((update.loss, update.weight))
@@ -359,7 +397,7 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
-        after = self._step(current, deltas, states)
+        after = self._step(current, deltas, states, accepted)
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
         )
@@ -381,18 +419,27 @@ class FedQ(Strategy):
             )
         return after
 
-    def _step(self, current: _Round, deltas: Stream, states: Stream) -> ServerState:
+    def _step(
+        self, current: _Round, deltas: Stream, states: Stream, accepted: list[Contribution]
+    ) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
         if report.replies < self._needed(report.sampled):
             report.skipped = True
+            report.privacy = self.privacy.report(before.privacy)
             return same
+        privacy, about = current.privacy, current.about
+        entropy = privacy.entropy(about)
         try:
             delta, state = deltas.result(), states.result()
         except ConfigError as error:  # e.g. too few updates for a robust rule
             report.skipped = True
             report.reject("aggregator", str(error))
             return same
+        delta = privacy.release(delta, report.replies, about, entropy)
+        state = before.state if privacy.unit else state  # it has no noise: it stays on the device
+        private = privacy.after(before.privacy, accepted, about, entropy)
+        report.privacy = privacy.report(private)
         try:
             weights, optimizer = self.server_optimizer.step(
                 before.weights, delta, dict(before.optimizer)
@@ -402,7 +449,7 @@ class FedQ(Strategy):
                 f"round {report.round} cannot be applied ({error}); "
                 "lower learning_rate or the server optimiser's rate"
             ) from error
-        return ServerState(report.round, weights, state, optimizer)
+        return ServerState(report.round, weights, state, optimizer, privacy=private)
 
     @cached_property
     def _float32(self) -> bytes:
@@ -484,32 +531,83 @@ class FedQ(Strategy):
             raise DecodeError("claims a loss that is no sane number")
         if len(message.parts) != 2:
             raise DecodeError(f"{len(message.parts)} parts instead of 2")
+        within = metadata.get("within")
+        if current.privacy.asks_within != isinstance(within, bool):
+            raise DecodeError(f"says {within!r} of its clipping")
         beside = current.context.claim(node, metadata.get("context"))
+        delta: wire.Frame | bytes | memoryview = message.parts[0]
+        if current.privacy.integers:
+            client = current.claims.claim(node, metadata.get("client"))
+        else:
+            delta, client = self._frame(node, message, beside, current)
+        if self.weighting == "registered":
+            examples = current.watch.registered(client, examples)
+        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
+        loss = None if loss is None or current.privacy.unit else float(loss)
+        source = Contribution(client, examples, within)
+        return Update(node, slot, delta, message.parts[1], weight, loss, source, beside)
+
+    def _frame(
+        self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
+    ) -> tuple[wire.Frame, int]:
+        """Return a codec's frame, and the number of the client whose seed it has."""
         frame = wire.open_frame(message.parts[0], self.layout, beside)
         if frame.codec != self.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
-        client = current.claims.claim(node, metadata.get("client"))
+        client = current.claims.claim(node, message.metadata.get("client"))
         if frame.seed != self.codec.client_seed(
             round_seed(self.seed, current.report.round), client
         ):
             raise RejectedError("seed", f"not the one of client {client} in this round")
-        if self.weighting == "registered":
-            examples = current.watch.registered(client, examples)
-        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        loss = None if loss is None else float(loss)
-        return Update(node, slot, frame, message.parts[1], weight, loss, beside)
+        return frame, client
 
-    def _decode(self, update: Update) -> tuple[Vector, Vector]:
-        """Return an update's delta and state; safe in several threads."""
+    def _decode(self, update: Update, current: _Round) -> tuple[NDArray[Any], Vector]:
+        """Return an update's delta (or integers) and state; safe in several threads."""
+        privacy = current.privacy
+        delta: NDArray[Any]
         try:
-            delta = decode_frame(update.delta, self.layout, update.beside)
+            if isinstance(update.delta, wire.Frame):
+                delta = privacy.received(decode_frame(update.delta, self.layout, update.beside))
+            else:
+                delta = privacy.unpack(update.delta, current.about)
             state = Identity().decode(update.state, self.state_layout)
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
-        for values in (delta, state):
+        for values in (state,) if privacy.integers else (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         return delta, state
+
+    # --- a privacy budget --------------------------------------------------------------------
+
+    def calibrated(self, grid: Grid, state: ServerState, rounds: int) -> ServerState:
+        """Return the first state with the least noise that keeps ``rounds`` within the budget."""
+        if state.privacy is None:
+            return state
+        asked = Counter(node for r in range(1, rounds + 1) for node in self.sample(grid, r))
+        cohort = len(self.sample(grid, 1))
+        private = self.privacy.calibrated(
+            state.privacy, max(asked.values()), self._needed(cohort), self._about(1, cohort)
+        )
+        return dataclasses.replace(state, privacy=private)
+
+    def exhausted(self, grid: Grid, state: ServerState) -> bool:
+        """Whether the next round could exceed the privacy budget; without one, never."""
+        if state.privacy is None:
+            return False
+        nodes = self.sample(grid, state.round + 1, state.guard.barred_in(state.round + 1))
+        return self.privacy.at(state.privacy).exhausted(
+            state.privacy,
+            [state.clients.get(node) for node in nodes],
+            self._needed(len(nodes)),
+            self._about(state.round + 1, len(nodes)),
+        )
+
+    def statement(self, state: ServerState) -> dict[str, Any]:
+        """Return what a summary says of privacy: nothing unless something is guaranteed."""
+        clients = len(self._nodes[1]) if self._nodes else 1
+        said = self.privacy.statement(state.privacy, clients)
+        return {"privacy": said} if said else {}
 
     # --- Flower's interface ------------------------------------------------------------------
 
@@ -571,8 +669,9 @@ class FedQ(Strategy):
         self.deadline_s = self.deadline_s or timeout
         self.task.update(train_config or {})
         state = self.initial(self.layout.flatten(_numpy(initial_arrays)))
+        state = self.calibrated(grid, state, num_rounds)
         result = Result()
-        while state.round < num_rounds:
+        while state.round < num_rounds and not self.exhausted(grid, state):
             state, report = self.run_round(grid, state)
             if report.rejected:
                 log(WARNING, "round %d: %s", report.round, "; ".join(report.reasons))
@@ -655,6 +754,8 @@ class _Round:
     whole: bytes
     context: _Context
     watch: Watch
+    privacy: Privacy  #: with the bound of this round
+    about: Round
     start: float
 
     def answer(self, reply: Message) -> tuple[int, int | None]:

@@ -1,0 +1,137 @@
+"""Example-level privacy on each client by DP-SGD, Abadi et al. 2016, arXiv:1607.00133."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fedq.errors import ConfigError
+from fedq.privacy._entropy import Entropy
+from fedq.privacy._ledger import ORDERS, Rdp, dp_accounting
+from fedq.privacy.base import Contribution, Mechanism, PrivacyState, Round
+from fedq.registry import register
+
+if TYPE_CHECKING:
+    from fedq.experiment import Experiment
+
+
+@register("privacy", "example_gaussian")
+class ExampleGaussian(Mechanism):
+    """Each client trains with DP-SGD: what leaves it hides any one of its examples.
+
+    A step takes each of the n local examples with probability ``q = batch_size / n``, clips their
+    gradients to norm C, and moves by
+
+        -learning_rate (sum_i min(1, C / |g_i|) g_i + N(0, (z C)^2 I)) / batch_size.
+
+    A round has ``local_epochs n / batch_size`` steps, rounded. Examples are chosen by the device's
+    own secret, so amplification by Poisson sampling holds. What is sent follows from what was
+    trained, so codec, server and other clients may do with it as they like.
+
+    Clients have different n, and with it different epsilons; the largest is stated.
+
+    Example:
+      >>> from fedq.registry import build
+      >>> privacy = build("privacy", "example_gaussian", noise_multiplier=1.0)
+      >>> about = Round(1, 0, 10, 1000, batch_size=10, epochs=2)
+      >>> privacy.sampling(100, about)
+      (0.1, 20)
+
+    Reference:
+      Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1; Mironov, Talwar and
+      Zhang 2019, "Renyi differential privacy of the sampled Gaussian mechanism".
+    """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"noise_multiplier": 1.0},)
+    unit: ClassVar[str | None] = "example"
+    relation: ClassVar[str] = "add or remove one training example of one client"
+    against: ClassVar[str] = "everybody but the client itself, the server included"
+    accountant: ClassVar[str] = "RDP of the Poisson-sampled Gaussian"
+    assumptions: ClassVar[tuple[str, ...]] = (
+        "a client's number of examples is public, and is what it says",
+        "a client may know its own epsilon; the largest one is stated",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise_multiplier is None:
+            raise ConfigError(
+                "privacy=example_gaussian needs privacy.noise_multiplier (such as 1): what noise a "
+                "budget allows differs by client; privacy.epsilon then stops the run in time"
+            )
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse what learns from examples outside of the noisy steps."""
+        if experiment.quantization.name != "none":
+            raise ConfigError(
+                "privacy=example_gaussian clips the gradient of each example, and quantization="
+                f"{experiment.quantization.name} learns ranges beside it without noise; choose "
+                "quantization=none, and quantize the trained model"
+            )
+
+    def sampling(self, examples: int, about: Round) -> tuple[float, int]:
+        """Return the probability of an example in a step, and the steps of a round."""
+        share = min(1.0, about.batch_size / examples)
+        return share, max(1, round(about.epochs / share))
+
+    def round_rdp(self, examples: int, about: Round) -> Rdp:
+        """Return what a round costs an example of a client with so many, (orders,)."""
+        return sampled_gaussian_rdp(self.sigma, *self.sampling(examples, about))
+
+    def refusal(self, examples: int, about: Round) -> str | None:
+        """Return why a client takes no part: a round alone would exceed the budget."""
+        if self.epsilon is None:
+            return None
+        cost = self.epsilon_of(self.round_rdp(examples, about))
+        if cost <= self.epsilon:
+            return None
+        return (
+            f"{examples} examples cost an epsilon of {cost:.3g} in one round; the budget is "
+            f"{self.epsilon}"
+        )
+
+    def after(
+        self,
+        state: PrivacyState | None,
+        accepted: Sequence[Contribution],
+        about: Round,
+        entropy: Entropy,
+    ) -> PrivacyState:
+        """Return the state with a round in its ledger."""
+        assert state is not None
+        costs = np.stack([self.round_rdp(one.examples, about) for one in accepted])
+        ledger = state.ledger.charged([one.client for one in accepted], costs)
+        return dataclasses.replace(state, ledger=ledger)
+
+    def exhausted(
+        self, state: PrivacyState | None, clients: Sequence[int | None], needed: int, about: Round
+    ) -> bool:
+        """Whether one more round like its others would exceed the budget of a client.
+
+        One without others refuses by itself; see :meth:`refusal`.
+        """
+        assert state is not None
+        if self.epsilon is None:
+            return False
+        releases, spent = state.ledger.of(clients)
+        ahead = spent * (1 + 1 / np.maximum(releases, 1))[:, None]
+        return self.epsilon_of(ahead.max(axis=0)) > self.epsilon
+
+
+@lru_cache(maxsize=4096)
+def sampled_gaussian_rdp(noise_multiplier: float, share: float, steps: int) -> Rdp:
+    """Return the RDP of so many Poisson-sampled Gaussian steps, (orders,).
+
+    A fractional order has that of the next: the series for those does not always converge.
+    """
+    package = dp_accounting()
+    orders, back = np.unique(np.ceil(ORDERS), return_inverse=True)
+    accountant = package.rdp.RdpAccountant(orders)
+    step = package.PoissonSampledDpEvent(share, package.GaussianDpEvent(noise_multiplier))
+    accountant.compose(package.SelfComposedDpEvent(step, steps))
+    rdp: Rdp = np.asarray(accountant._rdp)[back]  # the public methods give epsilon alone
+    return rdp
