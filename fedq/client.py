@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import records, registry, wire
+from fedq import records, registry, secure_client, wire
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
 from fedq.downlink import INITIAL
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
+from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Layout, Vector
 from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
@@ -35,7 +36,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 if TYPE_CHECKING:
-    from fedq.training import Trainer
+    from fedq.training import Trained, Trainer
 
 EMPTY = Layout((), ())
 #: What of a request's metadata decides the model.
@@ -243,6 +244,9 @@ class Site(Protocol):
     def store(self, context: Context) -> StateStore:
         """Return where this client keeps state between rounds."""
 
+    def credentials(self, context: Context) -> Credentials:
+        """Return the client's keys and whom it trusts, for secure aggregation."""
+
 
 @dataclass(frozen=True)
 class SimulatedSite:
@@ -253,12 +257,14 @@ class SimulatedSite:
       parts: Row indices of each partition, by ``partition-id``.
       state_directory: Where clients keep state between rounds.
       models: Received models to keep there; one directory serves all simulated clients.
+      seed: Of the run; simulated keys follow from it.
     """
 
     data: Any
     parts: Mapping[int, NDArray[np.int64]]
     state_directory: Path
     models: int = 2
+    seed: int = 0
 
     def identity(self, context: Context) -> int:
         """Return the node's partition."""
@@ -274,6 +280,11 @@ class SimulatedSite:
     def store(self, context: Context) -> StateStore:
         """Return the directory that simulated clients share."""
         return StateStore(self.state_directory, self.models)
+
+    def credentials(self, context: Context) -> Credentials:
+        """Return keys that follow from the run's seed."""
+        identity = simulated(self.seed, self.identity(context))
+        return Credentials(identity, SimulatedRoster(self.seed))
 
 
 @dataclass(frozen=True)
@@ -295,12 +306,35 @@ class Client:
     _requests: list[_Request] = field(default_factory=list, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
-        """Answer one training request."""
+        """Answer one training request, or one phase of secure aggregation."""
+        blob = records.unpack(message.content)
+        train = partial(self._train, message, context)
+        if blob.startswith(wire.SECURE_MAGIC):
+            site, client = self.site, self.site.identity(context)
+            own = partial(site.credentials, context)
+            return secure_client.answer(message, blob, client, own, site.store(context), train)
+        result = train(blob)
+        if isinstance(result, Message):
+            return result
+        task, trained = result
+        return task.reply(
+            trained.delta,
+            examples=trained.examples,
+            client=self.site.identity(context),
+            loss=trained.loss,
+            state=trained.state,
+            store=self.site.store(context),
+        )
+
+    def _train(
+        self, message: Message, context: Context, blob: bytes
+    ) -> tuple[Task, Trained] | Message:
+        """Open a request and train as it says; or the reply that there is no update."""
         from fedq.training import Diverged
 
         store = self.site.store(context)
         try:
-            request = self._open(message, store)
+            request = self._open(message, blob, store)
         except NoBaseError as error:
             return Task.refuse(message, error)
         task, trainer = dataclasses.replace(request.task, message=message), request.trainer
@@ -313,17 +347,9 @@ class Client:
             trained = trainer.train(x, y, request.training, task.seed(client, "train"))
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
-        return task.reply(
-            trained.delta,
-            examples=trained.examples,
-            client=client,
-            loss=trained.loss,
-            state=trained.state,
-            store=store,
-        )
+        return task, trained
 
-    def _open(self, message: Message, store: StateStore) -> _Request:
-        blob = records.unpack(message.content)
+    def _open(self, message: Message, blob: bytes, store: StateStore) -> _Request:
         # Simulated clients of a round share requests; a worker decodes each once. There are few,
         # and to compare bytes costs less than to hash them.
         for request in self._requests:

@@ -27,6 +27,7 @@ from fedq.downlink import models_kept
 from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
+from fedq.keys import SMALLEST_SUM, Credentials
 from fedq.report import report
 from fedq.results import default_run_path, read_config
 from fedq.state import StateStore
@@ -101,6 +102,17 @@ class DeviceSite:
         """Return the device's own directory."""
         return StateStore(self.state_directory)
 
+    def credentials(self, context: Context) -> Credentials:
+        """Return the keys of the directory that the node's own configuration names."""
+        node = context.node_config
+        if "keys" not in node:
+            raise ConfigError(
+                "this device has no keys, and the server asks for secure aggregation; make some "
+                "with fedq keys device, and name their directory in --node-config 'keys=\"DIR\"'"
+            )
+        smallest = int(node.get("smallest-sum", SMALLEST_SUM))
+        return Credentials.load(Path(str(node["keys"])).expanduser(), smallest)
+
 
 def _site(context: Context) -> Site:
     """Return the site of a node: a device if its configuration names data, else a partition."""
@@ -122,7 +134,7 @@ def _site(context: Context) -> Site:
     if experiment.run_dir is not None:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
     models = models_kept(experiment.downlink_history)
-    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
+    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models, experiment.seed)
 
 
 def serve(grid: Grid, context: Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
+from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
+from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
 from fedq.training import Trainer, trainer_for
@@ -58,6 +61,18 @@ def run(
     return server.finish(state)
 
 
+def _secure(experiment: Experiment) -> SecureServer | None:
+    """Return the server of the experiment's secure aggregation, None without."""
+    mode = experiment.secure_aggregation
+    if not mode.integers:
+        return None
+    if experiment.keys is None:
+        credentials = Credentials(simulated(experiment.seed), SimulatedRoster(experiment.seed))
+    else:
+        credentials = Credentials.load(Path(experiment.keys).expanduser())
+    return SecureServer(mode, credentials, experiment.integer_noise)
+
+
 class _Server:
     def __init__(
         self,
@@ -76,6 +91,8 @@ class _Server:
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
+        drawn = experiment.integer_noise if experiment.secure_aggregation.integers else None
+        noise = {} if drawn is None else {"noise": registry.to_config(drawn)}
         self.strategy = FedQ(
             layout=self.trainer.layout,
             state_layout=self.trainer.state_layout,
@@ -91,6 +108,7 @@ class _Server:
                 "input_shape": shape,
                 "classes": classes,
                 "training": experiment.training.to_config(),
+                **noise,
             },
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,
@@ -99,6 +117,7 @@ class _Server:
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
+            secure=_secure(experiment),
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )
 

@@ -79,11 +79,12 @@ def make_site(
     parts: list[NDArray[np.int64]],
     state_directory: Path,
     models: int,
+    seed: int,
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
     rows = dict(enumerate(parts))
-    return SimulatedSite(registry.from_config("data", data), rows, state_directory, models)
+    return SimulatedSite(registry.from_config("data", data), rows, state_directory, models, seed)
 
 
 def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
@@ -115,6 +116,7 @@ def run_experiment(
         filled,
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
+        experiment.seed,
     )
     experiment = experiment.replace(clients=len(parts))
     cohort = experiment.clients_per_round

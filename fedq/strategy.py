@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,13 @@ class Update:
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
 
 
+class Sums(Protocol):
+    """How a round runs in which clients send sums of integers in place of payloads."""
+
+    def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
+        """Run the round's phases and return the state after it."""
+
+
 class FedQ(Strategy):
     """Federated optimisation with encoded updates (FedOpt, Reddi et al. 2021, algorithm 1).
 
@@ -157,6 +164,7 @@ class FedQ(Strategy):
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
       uplink_context: Whether a client codes its delta beside how the model moved since its base.
+      secure: How clients send sums of integers in place of payloads; None is a trusted server.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -184,6 +192,7 @@ class FedQ(Strategy):
         initial: Vector | None = None,
         threads: int = 1,
         uplink_context: bool = False,
+        secure: Sums | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -199,6 +208,7 @@ class FedQ(Strategy):
         self.deadline_s = deadline_s
         self.threads = threads
         self.uplink_context = uplink_context and codec.predictive
+        self.secure = secure
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -220,6 +230,8 @@ class FedQ(Strategy):
           FedqError: If several rounds in a row found no quorum, or the model diverged.
         """
         current = self._begin(grid, before)
+        if self.secure is not None:
+            return self.secure.collect(self, grid, current), current.report
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
         return self._finish(current, replies), current.report
 
@@ -295,13 +307,17 @@ class FedQ(Strategy):
         chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _blob(self, before: ServerState, model: bytes, base: int | None = None) -> bytes:
-        metadata = {
+    def request(self, before: ServerState) -> dict[str, Any]:
+        """Return what every client of a round is told beside the model."""
+        return {
             **self.task,
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
         }
+
+    def _blob(self, before: ServerState, model: bytes, base: int | None = None) -> bytes:
+        metadata = self.request(before)
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -312,7 +328,7 @@ class FedQ(Strategy):
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
-        before, report = current.before, current.report
+        report = current.report
         deltas = self.aggregator.stream(self.layout.size, report.sampled)
         states = self.aggregator.stream(self.state_layout.size, report.sampled)
         losses: list[tuple[float, float]] = []
@@ -338,6 +354,17 @@ class FedQ(Strategy):
                 losses.append((update.loss, update.weight))
         if current.waiting:
             report.rejected["no reply"] += len(current.waiting)
+        return self._conclude(current, deltas, states, losses)
+
+    def _conclude(
+        self,
+        current: _Round,
+        deltas: Stream,
+        states: Stream,
+        losses: list[tuple[float, float]],
+    ) -> ServerState:
+        """Step with what was aggregated, and note who holds which model."""
+        before, report = current.before, current.report
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
@@ -405,6 +432,14 @@ class FedQ(Strategy):
 
     def _open(self, reply: Message, current: _Round) -> Update:
         """Check one reply; whatever makes it unusable is a RejectedError."""
+        node, slot, message = self._read(reply, current)
+        try:
+            return self._update(node, slot, message, current)
+        except DecodeError as error:
+            raise RejectedError("malformed", str(error)) from None
+
+    def _read(self, reply: Message, current: _Round) -> tuple[int, int, wire.Envelope]:
+        """Return who replied, its place in the cohort and what it said in this round."""
         report = current.report
         if reply.has_error():
             current.answer(reply)
@@ -425,7 +460,7 @@ class FedQ(Strategy):
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
-            return self._update(node, slot, message, current)
+            return node, slot, message
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
@@ -481,6 +516,8 @@ class FedQ(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return a round's messages (Flower's hook; :meth:`run_round` is the whole round)."""
+        if self.secure is not None:
+            raise ConfigError("secure aggregation takes several messages a round; use start()")
         weights = self.layout.flatten(_numpy(arrays))
         before = self._state or self.initial(weights)
         self.task.update(config)
@@ -591,7 +628,8 @@ class _Context:
     _moved: dict[int, Vector] = field(default_factory=dict)  # by base: few, whatever the clients
 
     @cached_property
-    def _model(self) -> Vector:
+    def model(self) -> Vector:
+        """The model as this round's clients decode it."""
         return self.downlink.codec.decode(self.whole, self.downlink.layout)
 
     def claim(self, node: int, base: object) -> Vector | None:
@@ -601,7 +639,7 @@ class _Context:
         if isinstance(base, bool) or not isinstance(base, int) or self.offered.get(node) != base:
             raise DecodeError(f"coded beside round {base!r}, which it was not asked to use")
         if base not in self._moved:
-            self._moved[base] = self._model - self.downlink.sent(self.broadcasts, base)
+            self._moved[base] = self.model - self.downlink.sent(self.broadcasts, base)
         return self._moved[base]
 
 
