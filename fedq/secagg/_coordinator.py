@@ -116,10 +116,6 @@ class Coordinator:
         """The clients whose masked vectors are in the sum."""
         return [member.who for member in self._members if member.masked]
 
-    def client_of(self, who: Hashable) -> int:
-        """Return the number that a client proved to have."""
-        return self._adverts[who].client
-
     # --- the five phases ---------------------------------------------------------------------
 
     def _ask_to_advertise(self) -> dict[Hashable, bytes]:

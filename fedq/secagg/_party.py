@@ -110,6 +110,8 @@ class Party:
                 f"a round of {announced.clients} clients; this one takes part in sums of at least "
                 f"{self.smallest}"
             )
+        if announced.nearby < self.smallest:
+            raise RefusedError(f"masks shared with {announced.nearby - 1} others hide nothing")
         if not announced.nearby < 2 * announced.threshold <= 2 * announced.nearby:
             raise RefusedError(
                 f"a threshold of {announced.threshold} in neighbourhoods of {announced.nearby}: it "

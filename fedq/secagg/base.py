@@ -15,7 +15,7 @@ from fedq.keys import SMALLEST_SUM, Roster
 from fedq.random import derive, generator
 from fedq.secagg._coordinator import Coordinator
 from fedq.secagg._grid import Grid, IntegerNoise, Integers
-from fedq.secagg._messages import Announcement
+from fedq.secagg._messages import PHASES, Announcement
 
 #: Neighbours of a client where the graph is complete, and where it is not.
 COMPLETE, REGULAR = 200, 100
@@ -29,9 +29,6 @@ class Collector(Protocol):
     @property
     def survivors(self) -> list[Hashable]:
         """Those whose integers are in the sum."""
-
-    def client_of(self, who: Hashable) -> int | None:
-        """Return the number that a client proved to have, if it did."""
 
     def messages(self, phase: str) -> dict[Hashable, bytes]:
         """Return what a phase asks of whom."""
@@ -67,6 +64,8 @@ class OnGrid(SecureAggregation, abc.ABC):
     integers: ClassVar[bool] = True
     #: What clients are asked for, in turn.
     phases: ClassVar[tuple[str, ...]] = ()
+    #: Whether clients prove their numbers by signatures.
+    proves: ClassVar[bool] = False
 
     bits: int = 8
     clip: float = 0.25
@@ -144,6 +143,9 @@ class Masked(OnGrid):
         exceed the fraction that could lie together with the server by as much as one half.
       neighbours: That each client shares masks with; 0 is all up to 200, and 100 of more.
     """
+
+    phases: ClassVar[tuple[str, ...]] = PHASES
+    proves: ClassVar[bool] = True
 
     threshold: float = 2 / 3
     neighbours: int = 0

@@ -53,9 +53,6 @@ class Tally:
         self._whos = list(whos)
         self.survivors: list[Hashable] = []
 
-    def client_of(self, who: Hashable) -> None:
-        """Return None: nobody proved anything."""
-
     def messages(self, phase: str) -> dict[Hashable, bytes]:
         """Return the announcement for everybody."""
         return dict.fromkeys(self._whos, self._message)

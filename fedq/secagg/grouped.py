@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from fedq.errors import ConfigError
 from fedq.keys import SMALLEST_SUM
 from fedq.registry import register
-from fedq.secagg._messages import PHASES
 from fedq.secagg.base import Masked, shuffled_groups
 
 
@@ -25,8 +22,6 @@ class Grouped(Masked):
       Karimireddy, He and Jaggi 2022, "Byzantine-robust learning on heterogeneous datasets via
       bucketing"; the groups are their buckets.
     """
-
-    phases: ClassVar[tuple[str, ...]] = PHASES
 
     group_size: int = 5
 

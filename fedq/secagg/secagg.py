@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from fedq.registry import register
-from fedq.secagg._messages import PHASES
 from fedq.secagg.base import Masked
 
 
@@ -17,5 +14,3 @@ class SecAgg(Masked):
       Bonawitz et al. 2017, "Practical secure aggregation for privacy-preserving machine learning";
       Bell et al. 2020, "Secure single-server aggregation with (poly)logarithmic overhead".
     """
-
-    phases: ClassVar[tuple[str, ...]] = PHASES
