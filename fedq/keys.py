@@ -1,12 +1,15 @@
 """Identities of server and devices, and the roster that says whose they are.
 
-A fleet has an **authority**, kept offline: it signs the roster, which lists the public keys of the
-server and of every device. Each party has a directory of its own::
+A fleet has an **authority**, best kept offline: it signs the roster, which lists the public keys of
+the server and of every device. Each party has a directory of its own::
 
     identity.pem   Ed25519 private key (PKCS#8, perhaps with a passphrase), mode 0600
     agreement.pem  X25519 private key, likewise
     authority.pub  the authority's public key, the one thing that is trusted as it is
     roster.json    signed by the authority; the same for all
+
+``fedq keys init`` makes three: ``authority/``, ``server/``, and ``public/`` with the last two files,
+which every device needs beside keys of its own.
 
 Secret keys are never printed, and no error shows one.
 """
@@ -336,3 +339,87 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); see fedq keys --help") from None
+
+
+# --- the authority -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The directory of a fleet's authority: what ``fedq keys`` works on.
+
+    Example:
+      >>> import tempfile
+      >>> root = Path(tempfile.mkdtemp())
+      >>> fleet = Fleet.init(root / "fleet")
+      >>> fleet.add(7, make_device(root / "device"))
+      >>> fleet.roster.device(7) == read_identity(root / "device").public
+      True
+    """
+
+    directory: Path
+
+    @classmethod
+    def init(cls, directory: Path) -> Fleet:
+        """Make the keys of an authority and of a server, and an empty roster.
+
+        Raises:
+          ConfigError: If the directory holds a fleet already.
+        """
+        fleet, authority, server = cls(directory), Identity.generate(), Identity.generate()
+        write_identity(fleet._authority, authority)
+        write_identity(fleet._server, server)
+        for place in fleet._places:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / AUTHORITY).write_text(authority.public.signing.hex() + "\n")
+        fleet._publish(SignedRoster(1, server.public))
+        return fleet
+
+    @property
+    def roster(self) -> SignedRoster:
+        """The roster as it stands."""
+        return SignedRoster.load(self._authority)
+
+    def add(self, client: int, keys: PublicKeys) -> None:
+        """Put a device on the roster, or give it new keys."""
+        self._publish(self.roster.with_device(client, keys))
+
+    def revoke(self, client: int) -> None:
+        """Take a device off the roster."""
+        self._publish(self.roster.without_device(client))
+
+    def rotate_server(self) -> None:
+        """Give the server new keys; devices trust them with the next roster that they get."""
+        fresh = Identity.generate()
+        roster = self.roster.with_server(fresh.public)
+        write_identity(self._server, fresh, replace=True)
+        self._publish(roster)
+
+    @property
+    def _authority(self) -> Path:
+        return self.directory / "authority"
+
+    @property
+    def _server(self) -> Path:
+        return self.directory / "server"
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return self._authority, self._server, self.directory / "public"
+
+    def _publish(self, roster: SignedRoster) -> None:
+        data = roster.signed(read_identity(self._authority).signing)
+        for place in self._places:
+            write_private(place / ROSTER, data)
+            (place / ROSTER).chmod(0o644)
+
+
+def make_device(directory: Path) -> PublicKeys:
+    """Make a device's keys where they stay; return what the authority needs of them.
+
+    Raises:
+      ConfigError: If there are keys already.
+    """
+    identity = Identity.generate()
+    write_identity(directory, identity)
+    return identity.public
