@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import records, registry, secure_client, wire
+from fedq import records, registry, sealing, secure_client, wire
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
 from fedq.downlink import INITIAL
+from fedq.envelope import seal
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
 from fedq.keys import Credentials, SimulatedRoster, simulated
@@ -245,7 +246,10 @@ class Site(Protocol):
         """Return where this client keeps state between rounds."""
 
     def credentials(self, context: Context) -> Credentials:
-        """Return the client's keys and whom it trusts, for secure aggregation."""
+        """Return the client's keys and whom it trusts, for secure aggregation and seals."""
+
+    def wants_signatures(self, context: Context) -> bool:
+        """Whether the client takes part in rounds only that its server signed."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,10 @@ class SimulatedSite:
         identity = simulated(self.seed, self.identity(context))
         return Credentials(identity, SimulatedRoster(self.seed))
 
+    def wants_signatures(self, context: Context) -> bool:
+        """Return False: a simulation signs only if it is asked to."""
+        return False
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -308,6 +316,21 @@ class Client:
     def train(self, message: Message, context: Context) -> Message:
         """Answer one training request, or one phase of secure aggregation."""
         blob = records.unpack(message.content)
+        reply = self._answer(message, context, blob)
+        about = sealing.requested(blob)
+        if about is None:
+            return reply
+        credentials = self.site.credentials(context)
+        sealed = seal(
+            records.unpack(reply.content),
+            about,
+            client=self.site.identity(context),
+            identity=credentials.identity,
+            server=credentials.roster.server,
+        )
+        return Message(records.pack(sealed), reply_to=message)
+
+    def _answer(self, message: Message, context: Context, blob: bytes) -> Message:
         train = partial(self._train, message, context)
         if blob.startswith(wire.SECURE_MAGIC):
             site, client = self.site, self.site.identity(context)
@@ -338,6 +361,12 @@ class Client:
         except NoBaseError as error:
             return Task.refuse(message, error)
         task, trainer = dataclasses.replace(request.task, message=message), request.trainer
+        if task.metadata.get("sealed") or self.site.wants_signatures(context):
+            try:
+                roster = self.site.credentials(context).roster
+                sealing.check(task.metadata, task.weights, task.state, roster)
+            except FedqError as error:
+                return task.drop(str(error))
         client = self.site.identity(context)
         x, y = self.site.examples(context)
         if len(y) == 0:

@@ -67,6 +67,7 @@ class Experiment:
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
       resume: Run directory to continue.
+      sealed: Whether the server signs its requests, and clients sign and encrypt their replies.
       keys: The server's directory of keys (see ``fedq keys``); ``None`` simulates keys, too.
       plugins: Python files of the user's own registered objects; never taken from a peer.
     """
@@ -94,6 +95,7 @@ class Experiment:
     baseline: bool
     run_dir: str | None
     resume: str | None
+    sealed: bool
     keys: str | None
     plugins: tuple[str, ...]
     model: Any = field()

@@ -8,8 +8,8 @@ the server and of every device. Each party has a directory of its own::
     authority.pub  the authority's public key, the one thing that is trusted as it is
     roster.json    signed by the authority; the same for all
 
-``fedq keys init`` makes three: ``authority/``, ``server/``, and ``public/`` with the last two files,
-which every device needs beside keys of its own.
+``fedq keys init`` makes three: ``authority/``, ``server/``, and ``public/`` with the last two
+files, which every device needs beside keys of its own.
 
 Secret keys are never printed, and no error shows one.
 """
@@ -267,8 +267,9 @@ class SignedRoster:
     @classmethod
     def load(cls, directory: Path) -> SignedRoster:
         """Read the roster of a party's directory."""
+        text = _read(directory / AUTHORITY)
         try:
-            authority = bytes.fromhex(_read(directory / AUTHORITY).decode().strip())
+            authority = bytes.fromhex(text.decode().strip())
         except ValueError:
             raise ConfigError(f"{directory / AUTHORITY} is damaged; copy it anew") from None
         return cls.opened(_read(directory / ROSTER), authority)

@@ -107,11 +107,15 @@ class DeviceSite:
         node = context.node_config
         if "keys" not in node:
             raise ConfigError(
-                "this device has no keys, and the server asks for secure aggregation; make some "
-                "with fedq keys device, and name their directory in --node-config 'keys=\"DIR\"'"
+                "this device has no keys, and the server asks for some; make them with "
+                "fedq keys device, and name their directory in --node-config 'keys=\"DIR\"'"
             )
         smallest = int(node.get("smallest-sum", SMALLEST_SUM))
         return Credentials.load(Path(str(node["keys"])).expanduser(), smallest)
+
+    def wants_signatures(self, context: Context) -> bool:
+        """Whether the device has keys: none that its owner gave it goes without."""
+        return "keys" in context.node_config
 
 
 def _site(context: Context) -> Site:

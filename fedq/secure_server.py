@@ -7,7 +7,6 @@ of other rounds are. The protocol itself is in :mod:`fedq.secagg`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from fedq.errors import DecodeError
 from fedq.keys import Credentials
 from fedq.layout import Vector
 from fedq.random import derive
-from fedq.secagg import AbortedError, Announcement, IntegerNoise, binding
+from fedq.sealing import of_phase
+from fedq.secagg import AbortedError, Announcement, IntegerNoise, binding, run_name
 from fedq.secagg._grid import Mean
-from fedq.secagg._messages import digest
 from fedq.secagg.base import Collector, OnGrid
 from fedq.strategy import MAX_ABSOLUTE, FedQ, RejectedError, ServerState, _Round
 
@@ -101,7 +100,7 @@ class _Collection:
     def _announce(self, nodes: list[int]) -> None:
         server, strategy, current = self.server, self.strategy, self.current
         before, number = current.before, current.report.round
-        request = strategy.request(before)
+        request = current.request
         base = binding(request, current.context.model, before.state)
         d, s = strategy.layout.size, strategy.state_layout.size
         groups = server.mode.groups(len(nodes), derive(strategy.seed, number, "groups"))
@@ -145,13 +144,15 @@ class _Collection:
         slots: Mapping[int, int],
     ) -> None:
         """Send a phase's messages and take the answers as they come."""
-        current, report = self.current, self.current.report
+        strategy, current, report = self.strategy, self.current, self.current.report
         contents: dict[tuple[bytes, bytes], RecordDict] = {}
         current.messages = []
         for node in sorted(asked, key=lambda node: slots[node]):
             text, model = asked[node][1], models.get(node, b"")
             if (text, model) not in contents:
-                metadata = {"phase": phase, "round": report.round}
+                metadata: dict[str, Any] = {"phase": phase, "round": report.round}
+                if strategy.sealing is not None:
+                    metadata["sealed"] = True
                 request = wire.Envelope(metadata, [text, model] if model else [text])
                 contents[text, model] = records.pack(wire.seal(request, wire.SECURE_MAGIC))
             content = contents[text, model]
@@ -160,10 +161,17 @@ class _Collection:
                 Message(content, node, MessageType.TRAIN, group_id=str(report.round))
             )
         current.waiting = {node: slots[node] for node in asked}
-        replies = self.grid.send_and_receive(current.messages, timeout=self.strategy.deadline_s)
+        if strategy.sealing is not None:
+            current.openers = {
+                node: strategy.sealing.opener(
+                    of_phase(collector.announcement.session_bytes, phase, report.round)
+                )
+                for node, (collector, _) in asked.items()
+            }
+        replies = self.grid.send_and_receive(current.messages, timeout=strategy.deadline_s)
         for reply in replies:
             try:
-                node, _, message = self.strategy._read(reply, current)
+                node, _, message = strategy._read(reply, current)
                 self._accept(phase, node, asked[node][0], message)
             except RejectedError as error:
                 report.reject(error.kind, str(error))
@@ -207,9 +215,3 @@ class _Collection:
         state = self.current.before.state + change
         if state.size and np.abs(state).max() >= MAX_ABSOLUTE:
             raise DecodeError(f"a coordinate of the state exceeds {MAX_ABSOLUTE}")
-
-
-def run_name(request: Mapping[str, Any]) -> str:
-    """Return a run's name, the same after it is resumed: a digest of all but the round."""
-    text = json.dumps({**request, "round": None}, sort_keys=True)
-    return digest("run", text.encode()).hex()[:32]

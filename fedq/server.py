@@ -19,6 +19,7 @@ from fedq.experiment import Experiment
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
+from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
@@ -66,11 +67,13 @@ def _secure(experiment: Experiment) -> SecureServer | None:
     mode = experiment.secure_aggregation
     if not mode.integers:
         return None
+    return SecureServer(mode, _credentials(experiment), experiment.integer_noise)
+
+
+def _credentials(experiment: Experiment) -> Credentials:
     if experiment.keys is None:
-        credentials = Credentials(simulated(experiment.seed), SimulatedRoster(experiment.seed))
-    else:
-        credentials = Credentials.load(Path(experiment.keys).expanduser())
-    return SecureServer(mode, credentials, experiment.integer_noise)
+        return Credentials(simulated(experiment.seed), SimulatedRoster(experiment.seed))
+    return Credentials.load(Path(experiment.keys).expanduser())
 
 
 class _Server:
@@ -117,6 +120,7 @@ class _Server:
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
+            sealing=Sealing(_credentials(experiment)) if experiment.sealed else None,
             secure=_secure(experiment),
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
         )

@@ -79,7 +79,7 @@ def make_site(
     parts: list[NDArray[np.int64]],
     state_directory: Path,
     models: int,
-    seed: int,
+    seed: int = 0,
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)

@@ -27,11 +27,13 @@ from fedq.aggregators.mean import Mean
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
+from fedq.envelope import Opener
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.random import SEED_BITS, derive, generator, round_seed
+from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
 
 # isort: split
@@ -164,6 +166,7 @@ class FedQ(Strategy):
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
       uplink_context: Whether a client codes its delta beside how the model moved since its base.
+      sealing: Signs requests and opens sealed replies; None asks for no seals.
       secure: How clients send sums of integers in place of payloads; None is a trusted server.
 
     Example:
@@ -192,6 +195,7 @@ class FedQ(Strategy):
         initial: Vector | None = None,
         threads: int = 1,
         uplink_context: bool = False,
+        sealing: Sealing | None = None,
         secure: Sums | None = None,
     ) -> None:
         self.layout = layout
@@ -208,7 +212,7 @@ class FedQ(Strategy):
         self.deadline_s = deadline_s
         self.threads = threads
         self.uplink_context = uplink_context and codec.predictive
-        self.secure = secure
+        self.sealing, self.secure = sealing, secure
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -243,14 +247,19 @@ class FedQ(Strategy):
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
-        blobs: dict[int | None, bytes] = {None: self._blob(before, whole)}
+        context = _Context(self.downlink, before.broadcasts, whole)
+        request, openers = self.request(before), None
+        if self.sealing is not None:
+            request = self.sealing.announced(request, len(nodes), context.model, before.state)
+            openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
+        blobs: dict[int | None, bytes] = {None: self._blob(request, before, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
-        messages, context = [], _Context(self.downlink, before.broadcasts, whole)
+        messages = []
         for node in nodes:
             base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
                 changes = self.downlink.changes(weights, seed, before.broadcasts, base)
-                blobs[base] = min(self._blob(before, changes, base), blobs[None], key=len)
+                blobs[base] = min(self._blob(request, before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             if self.uplink_context and base is not None and blobs[base] is not blobs[None]:
                 context.offered[node] = base
@@ -258,7 +267,7 @@ class FedQ(Strategy):
             messages.append(
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
-        report.float32_downlink_bytes = len(self._blob(before, self._float32)) * len(nodes)
+        report.float32_downlink_bytes = len(self._blob(request, before, self._float32)) * len(nodes)
         return _Round(
             before=before,
             report=report,
@@ -269,6 +278,8 @@ class FedQ(Strategy):
             claims=self._claims(before),
             whole=whole,
             context=context,
+            request=request,
+            openers=openers,
             start=start,
         )
 
@@ -316,8 +327,14 @@ class FedQ(Strategy):
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(self, before: ServerState, model: bytes, base: int | None = None) -> bytes:
-        metadata = self.request(before)
+    def _blob(
+        self,
+        request: Mapping[str, Any],
+        before: ServerState,
+        model: bytes,
+        base: int | None = None,
+    ) -> bytes:
+        metadata = dict(request)
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -455,8 +472,13 @@ class FedQ(Strategy):
         if slot is None:
             raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
         try:
+            sealer = None
+            if current.openers is not None:
+                sealer, blob = current.openers[node].open(blob, len(blob))
             message = wire.unseal(blob)
             metadata = message.metadata
+            if sealer is not None and metadata.get("client", sealer) != sealer:
+                raise DecodeError(f"client {sealer} seals as client {metadata.get('client')}")
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
@@ -656,6 +678,8 @@ class _Round:
     claims: _Claims
     whole: bytes
     context: _Context
+    request: Mapping[str, Any]  #: what every client is told beside the model
+    openers: Mapping[int, Opener] | None  #: by node, of sealed replies
     start: float
 
     def answer(self, reply: Message) -> tuple[int, int | None]:

@@ -308,7 +308,15 @@ def unseal(data: bytes | memoryview, magic: bytes = MESSAGE_MAGIC) -> Envelope:
     Raises:
       DecodeError: On anything that :func:`seal` did not write.
     """
-    reader = _unseal(magic, data, "message")
+    return _read_message(_unseal(magic, data, "message"))
+
+
+def peek(data: bytes | memoryview) -> Envelope:
+    """Read a message of either kind that is yet to be opened: its checksum is not looked at."""
+    return _read_message(Reader(memoryview(data)[_HEAD.size :]))
+
+
+def _read_message(reader: Reader) -> Envelope:
     length = reader.varint()
     if length > MAX_METADATA_BYTES:
         raise DecodeError(f"{length} bytes of metadata; at most {MAX_METADATA_BYTES} are read")

@@ -14,7 +14,7 @@ import fedq
 LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
-        "downlink state experiment jit threads attacks privacy keys secagg envelope",
+        "downlink state experiment jit threads attacks privacy keys secagg envelope sealing",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),

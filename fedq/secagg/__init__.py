@@ -8,7 +8,7 @@ random graph of Bell et al. 2020). Nothing here knows a network: :class:`Party` 
 
 from fedq.secagg._coordinator import AbortedError, Coordinator
 from fedq.secagg._grid import Grid, IntegerNoise
-from fedq.secagg._messages import PHASES, Announcement, binding
+from fedq.secagg._messages import PHASES, Announcement, binding, run_name
 from fedq.secagg._party import Party, RefusedError
 from fedq.secagg.base import SecureAggregation
 
@@ -23,4 +23,5 @@ __all__ = [
     "RefusedError",
     "SecureAggregation",
     "binding",
+    "run_name",
 ]

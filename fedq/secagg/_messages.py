@@ -267,7 +267,7 @@ def after_session(message: bytes | memoryview, session: bytes) -> memoryview:
 
 
 #: What may differ between the requests of a round: how the same model is coded for whom.
-_VARYING = {"keep", "base", "context"}
+_VARYING = {"keep", "base", "context", "bound", "signature"}
 
 
 def binding(metadata: Mapping[str, Any], weights: Vector, state: Vector) -> str:
@@ -277,7 +277,16 @@ def binding(metadata: Mapping[str, Any], weights: Vector, state: Vector) -> str:
     would make its update stand out in the sum (Pasquini et al. 2022, "Eluding secure aggregation in
     federated learning via model inconsistency").
     """
-    task = {key: value for key, value in metadata.items() if key not in _VARYING}
-    text = json.dumps(task, sort_keys=True, separators=(",", ":")).encode()
+    text = _same_for_all(metadata)
     numbers = [vector.astype("<f4").tobytes() for vector in (weights, state)]
     return digest("base", *(hashlib.sha256(piece).digest() for piece in (text, *numbers))).hex()
+
+
+def run_name(metadata: Mapping[str, Any]) -> str:
+    """Return a run's name, the same after it is resumed: a digest of all but the round."""
+    return digest("run", _same_for_all({**metadata, "round": None, "cohort": None})).hex()[:32]
+
+
+def _same_for_all(metadata: Mapping[str, Any]) -> bytes:
+    task = {key: value for key, value in metadata.items() if key not in _VARYING}
+    return json.dumps(task, sort_keys=True, separators=(",", ":")).encode()

@@ -83,3 +83,14 @@ def test_the_line_of_a_round(tmp_path: Path) -> None:
     line = rounds(tmp_path / "run")[1]
     assert (line["replies"], line["received"], line["sampled"]) == (4, 4, 4)
     assert isinstance(line["train_loss"], float)
+
+
+@pytest.mark.parametrize("mode", ["none", "secagg"])
+def test_seals_change_bytes_and_nothing_else(mode: str, tmp_path: Path) -> None:
+    option = f"secure_aggregation={mode}"
+    plain, sealed = (
+        simulate(tmp_path, name, option, f"sealed={name}", "rounds=2") for name in ("false", "true")
+    )
+    assert sealed["model_sha256"] == plain["model_sha256"]
+    assert sealed["rejected"] == {}
+    assert sealed["uplink_bytes"] > plain["uplink_bytes"]  # type: ignore[operator]
