@@ -111,6 +111,8 @@ class DeviceSite:
                 "fedq keys device, and name their directory in --node-config 'keys=\"DIR\"'"
             )
         smallest = int(node.get("smallest-sum", SMALLEST_SUM))
+        if smallest < SMALLEST_SUM:
+            raise ConfigError(f"smallest-sum must be at least {SMALLEST_SUM}, not {smallest}")
         return Credentials.load(Path(str(node["keys"])).expanduser(), smallest)
 
     def wants_signatures(self, context: Context) -> bool:

@@ -18,6 +18,7 @@ from fedq import config, registry, server
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
 from fedq.downlink import models_kept
+from fedq.errors import ConfigError
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
@@ -101,6 +102,8 @@ def run_experiment(
     experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
 ) -> Outcome:
     """Run one experiment into a directory, or continue the one that is there."""
+    if experiment.keys is not None:
+        raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
     dataset = load(experiment.data)
     experiment = anchored(experiment)
     parts = partition(experiment, dataset)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedq import Layout, build, config, node, records, sealing, wire
+from fedq import Layout, build, config, node, records, sealing, simulation, wire
 from fedq.client import Client, SimulatedSite, Task
 from fedq.codecs.identity import Identity
 from fedq.envelope import OVERHEAD_BYTES, Round, seal
-from fedq.errors import DecodeError
+from fedq.errors import ConfigError, DecodeError
 from fedq.keys import Credentials, Fleet, SimulatedRoster, make_device, simulated
 from fedq.random import derive
 from fedq.sealing import Sealing
@@ -246,6 +246,27 @@ def test_a_fleet_with_keys(mode: str, fleet: Fleet, tmp_path: Path) -> None:
     fedq = federation(Sealing(Credentials.load(fleet.directory / "server")))
     _, report = fedq.run_round(grid, fedq.initial(trainer.weights(), trainer.state()))
     assert any("not on the roster" in reason for reason in report.reasons)
+
+
+def test_a_device_without_keys_says_how_to_get_some(fleet: Fleet, tmp_path: Path) -> None:
+    site = node.DeviceSite(build("data", "digits"), tmp_path)
+
+    def asked(**options: str | int) -> Context:
+        return Context(1, 2, options, RecordDict(), {})  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match="fedq keys device"):
+        site.credentials(asked())
+    own = str(tmp_path / "0")
+    assert site.credentials(asked(keys=own)).smallest == 3
+    assert site.credentials(asked(keys=own, **{"smallest-sum": 9})).smallest == 9
+    with pytest.raises(ConfigError, match="smallest-sum"):
+        site.credentials(asked(keys=own, **{"smallest-sum": 2}))
+
+
+def test_simulated_clients_take_no_keys(tmp_path: Path) -> None:
+    experiment = config.load(["keys=somewhere", "sealed=true", "baseline=false"])
+    with pytest.raises(ConfigError, match="real fleet"):
+        simulation.run_experiment(experiment, tmp_path / "run")
 
 
 def test_a_simulated_site_has_keys_and_demands_nothing(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_the_line_of_a_round(tmp_path: Path) -> None:
 def test_seals_change_bytes_and_nothing_else(mode: str, tmp_path: Path) -> None:
     option = f"secure_aggregation={mode}"
     plain, sealed = (
-        simulate(tmp_path, name, option, f"sealed={name}", "rounds=2") for name in ("false", "true")
+        simulate(tmp_path, f"sealed-{on}", option, f"sealed={on}", "rounds=2")
+        for on in ("false", "true")
     )
     assert sealed["model_sha256"] == plain["model_sha256"]
     assert sealed["rejected"] == {}
