@@ -34,7 +34,7 @@ ROSTER = SimulatedRoster(0)
 SERVER = simulated(0).signing
 PARTS = ((5, 7), (2, 40))
 SESSION = _messages.SESSION_BYTES
-ADVERT = _messages.Advert.SIZE
+ADVERT, TAG = _messages.Advert.SIZE, 2 + _messages.TAG_BYTES
 
 
 def announced(clients: int, **changes: object) -> Announcement:
@@ -203,7 +203,7 @@ LIES: dict[str, tuple[str, Tamper, bool]] = {
     "long integers": ("mask", lambda a: a + b"0", True),
     "padding bits": ("mask", lambda a: a[: SESSION + 4] + b"\xff" + a[SESSION + 5 :], True),
     "integers of another session": ("mask", flipped(3), True),
-    "unsigned agreement": ("agree", flipped(-1), True),
+    "a wrong tag": ("agree", flipped(-1), False),
     "truncated agreement": ("agree", lambda a: a[:-1], True),
     "a wrong share": ("unmask", flipped(-1), False),
     "swapped shares": ("unmask", lambda a: a[:-64] + a[-32:] + a[-64:-32], False),
@@ -348,10 +348,11 @@ def bitmap(*members: int) -> Tamper:
         ("agree", bitmap(0, 1), "a sum of 2 clients"),
         ("agree", bitmap(1, 2, 3, 4, 5), "not on the list"),
         ("agree", lambda m: m[:-1], "truncated"),
-        ("unmask", lambda m: m[:SESSION], "neighbours signed"),
-        ("unmask", lambda m: m[:-66], "neighbours signed"),
-        ("unmask", lambda m: m[:SESSION] + 3 * m[SESSION : SESSION + 66], "neighbours signed"),
-        ("unmask", flipped(-1), "neighbours signed"),
+        ("unmask", lambda m: m[:SESSION], "1 of 4 neighbours attest"),
+        ("unmask", lambda m: m[: SESSION + 2 * TAG], "3 of 4 neighbours attest"),
+        ("unmask", lambda m: m[:SESSION] + 5 * m[SESSION : SESSION + TAG], "2 of 4 neighbours"),
+        ("unmask", lambda m: flipped(SESSION + 2)(m[: SESSION + 3 * TAG]), "3 of 4 neighbours"),
+        ("unmask", lambda m: m[: SESSION + 3 * TAG - 1], "3 of 4 neighbours attest"),
     ],
 )
 def test_lists_that_are_refused(phase: str, lie: Tamper, why: str) -> None:
@@ -368,19 +369,27 @@ def test_a_survivor_without_a_mask_is_refused() -> None:
         fleet.ask("agree", 0, bitmap(0, 1, 2, 3, 4, 5)(message) or b"")
 
 
+def proofs(answers: Mapping[int, bytes], who: int) -> bytes:
+    """What a server forwards of six clients' tags to one of them."""
+    text = b""
+    for i, answer in answers.items():
+        if i != who:
+            at = SESSION + _messages.TAG_BYTES * (who if who < i else who - 1)
+            text += i.to_bytes(2, "big") + answer[at : at + _messages.TAG_BYTES]
+    return text
+
+
 def test_two_lists_of_survivors_uncover_nothing() -> None:
     """Half of the clients are told that client 5 is alive, half that it is dead: both are stuck."""
     fleet, honest = until("agree")
     lie = bitmap(0, 1, 2, 3, 4)
-    signatures = {}
+    answers = {}
     for who in range(6):
         message = honest[who] if who in (3, 4, 5) else lie(honest[who]) or b""
-        signatures[who] = fleet.ask("agree", who, message)[SESSION:]
-    proofs = {i: i.to_bytes(2, "big") + s for i, s in signatures.items()}
+        answers[who] = fleet.ask("agree", who, message)
     for who in range(6):
-        message = honest[who][:SESSION] + b"".join(p for i, p in proofs.items() if i != who)
-        with pytest.raises(RefusedError, match="3 of 4 neighbours signed"):
-            fleet.ask("unmask", who, message)
+        with pytest.raises(RefusedError, match="3 of 4 neighbours attest"):
+            fleet.ask("unmask", who, honest[who][:SESSION] + proofs(answers, who))
 
 
 @pytest.mark.parametrize("phase", PHASES[1:])
@@ -429,8 +438,7 @@ def test_no_lists_bring_both_shares_of_a_client(
         try:
             fleet.ask("agree", 0, message)
             view = {i: fleet.ask("agree", i, bitmap(*lists)(honest[i]) or b"") for i in lists[1:]}
-            proofs = b"".join(i.to_bytes(2, "big") + s[SESSION:] for i, s in view.items())
-            answer = fleet.ask("unmask", 0, honest[0][:SESSION] + proofs)
+            answer = fleet.ask("unmask", 0, honest[0][:SESSION] + proofs(view, 0))
         except RefusedError:
             continue
         for i in range(6):

@@ -31,7 +31,8 @@ class _Member:
     commitments: bytes = b""
     sealed: dict[int, bytes] = field(default_factory=dict)
     masked: bool = False
-    signature: bytes = b""
+    #: By neighbour: the tag for it, that this client goes on with the list of survivors.
+    tags: dict[int, bytes] = field(default_factory=dict)
     #: By dealer: the share that this client gave at the end.
     shares: dict[int, bytes] = field(default_factory=dict)
 
@@ -184,27 +185,24 @@ class Coordinator:
         return messages
 
     def _take_agree(self, index: int, content: memoryview) -> None:
-        member = self._members[index]
-        view = self._context + self._dealers + self._survivors
-        keys = self.roster.device(member.advert.client)
-        if member.signature or not member.masked:
-            raise DecodeError("a signature was not asked for, or given before")
-        if not _messages.genuine("agree", keys, bytes(content), view):
-            raise DecodeError("not a signature of the survivors that were named")
-        member.signature = bytes(content)
+        member, size = self._members[index], _messages.TAG_BYTES
+        others = [i for i in member.near if i != index]
+        if not member.masked or member.tags or len(content) != size * len(others):
+            raise DecodeError("tags are truncated, too many, were not asked for, or sent before")
+        for place, i in enumerate(others):
+            member.tags[i] = bytes(content[size * place : size * (place + 1)])
 
     def _ask_to_unmask(self) -> dict[Hashable, bytes]:
-        signers = {i: member for i, member in enumerate(self._members) if member.signature}
-        self._check_enough(signers, "agreed on who is left")
+        agreed = {i: member for i, member in enumerate(self._members) if member.tags}
+        self._check_enough(agreed, "agreed on who is left")
         messages = {}
-        for index, member in signers.items():
-            proofs = [
-                i.to_bytes(2, "big") + signers[i].signature
+        for index, member in agreed.items():
+            proofs = (
+                i.to_bytes(2, "big") + agreed[i].tags[index]
                 for i in member.near
-                if i in signers and i != index
-            ]
-            wanted = proofs[: self.announcement.threshold - 1]
-            messages[member.who] = self.announcement.session_bytes + b"".join(wanted)
+                if i in agreed and i != index
+            )
+            messages[member.who] = self.announcement.session_bytes + b"".join(proofs)
         return messages
 
     def _take_unmask(self, index: int, content: memoryview) -> None:
@@ -212,7 +210,7 @@ class Coordinator:
         asked = [i for i in member.near if self._members[i].commitments]
         size = (len(asked) + 7) // 8
         here = _messages.from_bitmap(bytes(content[:size]), len(asked))
-        if len(content) != size + _shamir.SHARE_BYTES * len(here) or not member.signature:
+        if len(content) != size + _shamir.SHARE_BYTES * len(here) or not member.tags:
             raise DecodeError("shares are truncated, too many, or were not asked for")
         if member.shares:
             raise DecodeError("shares were given before")

@@ -9,11 +9,11 @@ Each message begins with the round's session, 16 random bytes of the server. The
                                                         2 x 16; per other neighbour: shares, sealed,
                                                         80
     mask       bitmap of those who shared               masked integers, packed
-    agree      bitmap of those whose vectors are in,    signature 64 over both bitmaps
-               then shares dealt to this client,
+    agree      bitmap of those whose vectors are in,    per other neighbour: tag 16 over both
+               then shares dealt to this client,        bitmaps
                sealed, 80 each
     unmask     per neighbour who agreed: index 2,       bitmap of shares that are here,
-               signature 64                             then the shares, 32 each
+               tag 16                                   then the shares, 32 each
 
 The first message has no session before its signature: the announcement names it. Indices are places
 among the adverts, bitmaps have a bit for each. Sizes are checked against what the receiver knows.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import hmac
 import itertools
 import json
 import typing
@@ -44,10 +45,10 @@ from fedq.secagg._words import Segment
 
 #: In the order of a round.
 PHASES = ("advertise", "share", "mask", "agree", "unmask")
-SESSION_BYTES, SIGNATURE_BYTES, COMMITMENT_BYTES = 16, 64, 16
+SESSION_BYTES, SIGNATURE_BYTES, COMMITMENT_BYTES, TAG_BYTES = 16, 64, 16, 16
 SEALED_BYTES = 2 * 32 + 16
 MAX_CLIENTS = 1 << 16
-_SIGNED = {what: f"fedq secagg {what} 1\0".encode() for what in ("announce", "advert", "agree")}
+_SIGNED = {what: f"fedq secagg {what} 1\0".encode() for what in ("announce", "advert")}
 
 
 def signed(what: str, key: Ed25519PrivateKey, content: bytes) -> bytes:
@@ -212,6 +213,16 @@ def parse_adverts(data: bytes) -> list[Advert]:
 def digest(what: str, *pieces: bytes) -> bytes:
     """Return SHA-256 over pieces of fixed sizes, or one piece."""
     return hashlib.sha256(f"fedq secagg {what}\0".encode() + b"".join(pieces)).digest()
+
+
+def tag(key: bytes, sender: int, view: bytes) -> bytes:
+    """Return what shows one neighbour that another goes on with the same list of survivors.
+
+    A MAC under the key of the pair says as much between the two as a signature, a hundred times
+    faster.
+    """
+    message = b"fedq secagg agree\0" + sender.to_bytes(4, "big") + view
+    return hmac.digest(key, message, "sha256")[:TAG_BYTES]
 
 
 def commitment_to_share(share: bytes) -> bytes:

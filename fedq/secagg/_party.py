@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hmac
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Party:
       round, or comes out of turn;
     - a cohort below ``smallest``, or a threshold of half a neighbourhood or less;
     - neighbours that are unknown, revoked, or have not signed their keys for this very round;
-    - to uncover anything before a threshold of its neighbours signed the same list of survivors;
+    - to uncover anything before a threshold of its neighbours attest the same list of survivors;
     - a second sum in a round, unless it is the same one (as after a restart of the server).
 
     That list is one bitmap, so that nobody can be named both alive and dead.
@@ -211,7 +212,7 @@ class Party:
         return announced.session_bytes + _words.pack(words, segments)
 
     def agree(self, message: bytes) -> bytes:
-        """Sign the list of those whose masked integers arrived, and keep the shares dealt here."""
+        """Attest the list of those whose integers arrived, and keep the shares dealt here."""
         session, announced = self._turn("agree")
         cohort = _Cohort.of(session, announced, self.client)
         content = self._content(message, announced)
@@ -242,9 +243,9 @@ class Party:
             except InvalidTag:
                 continue
         session.phase += 1
-        return announced.session_bytes + _messages.signed(
-            "agree", self.identity, cohort.context + session.dealers + session.survivors
-        )
+        view = cohort.context + session.dealers + session.survivors
+        tags = (_messages.tag(session.keys[i], cohort.index, view) for i in cohort.others)
+        return announced.session_bytes + b"".join(tags)
 
     def unmask(self, message: bytes) -> bytes:
         """Give the shares that uncover the sum, and forget the session.
@@ -257,21 +258,22 @@ class Party:
         view = cohort.context + session.dealers + session.survivors
         survivors = set(self._bitmap(session.survivors, cohort))
         proofs = self._content(message, announced)
-        size = 2 + _messages.SIGNATURE_BYTES
+        size = 2 + _messages.TAG_BYTES
         agreed = {cohort.index}
         for at in range(0, len(proofs) - size + 1, size):
             i = int.from_bytes(proofs[at : at + 2], "big")
             if len(agreed) >= announced.threshold:
                 break
-            if i not in survivors.intersection(cohort.others) or i in agreed:
+            if i not in survivors or i not in session.keys:
                 continue
-            keys = self.roster.device(cohort.adverts[i].client)
-            if _messages.genuine("agree", keys, proofs[at + 2 : at + size], view):
+            if hmac.compare_digest(
+                _messages.tag(session.keys[i], i, view), proofs[at + 2 : at + size]
+            ):
                 agreed.add(i)
         if len(agreed) < announced.threshold:
             self._session = None
             raise RefusedError(
-                f"{len(agreed)} of {announced.threshold} neighbours signed this list of survivors"
+                f"{len(agreed)} of {announced.threshold} neighbours attest this list of survivors"
             )
         dealers = set(self._bitmap(session.dealers, cohort))
         asked = [i for i in cohort.near if i in dealers]
