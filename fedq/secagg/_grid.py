@@ -161,7 +161,8 @@ class Grid:
             raise ConfigError("an update holds NaN or infinity; lower the learning rate")
         weight = min(max(int(weight), 1), self.max_weight)
         x = self._rotated(delta, rotation_seed) if self.rotate else delta
-        codes = _round(x, self.clip, self.levels, random.uniform(seed, x.size, "grid")) * weight
+        codes = _round(x, self.clip, self.levels, random.uniform(seed, x.size, "grid"))
+        codes *= weight
         if noise is not None:
             if rng is None or noise.magnitude > self.noise_magnitude:
                 raise ConfigError("noise needs a generator, and room in the round's modulus")
