@@ -138,6 +138,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="directory for the plot and the tables")
     report.set_defaults(run=_report)
 
+    keys = commands.add_parser(
+        "keys",
+        help="identities of a fleet, for secure aggregation and sealed updates",
+        description="Make and list the keys of a fleet. DIR is the authority's, best kept offline; "
+        "a device needs keys of its own and what is in DIR/public. With a passphrase in "
+        "FEDQ_KEY_PASSPHRASE, secret keys are encrypted at rest.",
+        allow_abbrev=False,
+    )
+    keys.set_defaults(run=_keys)
+    actions = keys.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, text, arguments in (
+        ("init", "make an authority, a server and an empty roster", []),
+        ("device", "on a device: make its keys, and print the public ones", []),
+        ("add", "put a device on the roster, or give it new keys", ["CLIENT", "PUBLIC"]),
+        ("revoke", "take a device off the roster", ["CLIENT"]),
+        ("rotate", "give the server new keys", []),
+        ("list", "show the roster", []),
+    ):
+        parsed = actions.add_parser(action, help=text, description=text, allow_abbrev=False)
+        parsed.add_argument("directory", type=Path, metavar="DIR")
+        for name in arguments:
+            parsed.add_argument(name.lower(), metavar=name)
+
     doctor = commands.add_parser(
         "doctor", help="check this machine", description="Check this machine.", allow_abbrev=False
     )
@@ -297,6 +320,38 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.report import report
 
     Console().print(report(options.runs, options.out))
+    return 0
+
+
+def _keys(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    if rest:
+        raise ConfigError(f"cannot use '{rest[0]}'; see fedq keys --help")
+    from fedq.keys import Fleet, PublicKeys, make_device
+
+    if options.action == "device":
+        print(make_device(options.directory))
+        return 0
+    if options.action == "init":
+        Fleet.init(options.directory)
+        print(f"keep {options.directory}/authority offline; put {options.directory}/server on the")
+        print(f"server (keys=DIR), and the files of {options.directory}/public on every device")
+        return 0
+    fleet = Fleet(options.directory)
+    if options.action == "rotate":
+        fleet.rotate_server()
+    elif options.action in ("add", "revoke"):
+        if not options.client.isdecimal():
+            raise ConfigError(f"CLIENT is a device's number (partition-id), not {options.client}")
+        if options.action == "add":
+            fleet.add(int(options.client), PublicKeys.parse(options.public))
+        else:
+            fleet.revoke(int(options.client))
+    roster = fleet.roster
+    print(f"roster {roster.version}: copy {options.directory}/public/roster.json to all")
+    print(f"  server  {str(roster.server)[:16]}")
+    for client, keys in sorted(roster.devices.items()):
+        print(f"  {client:6}  {str(keys)[:16]}{'  revoked' if client in roster.revoked else ''}")
     return 0
 
 

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import records, registry, wire
+from fedq import records, registry, sealing, secure_client, wire
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
 from fedq.downlink import INITIAL
+from fedq.envelope import seal
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.feedback import compensate
+from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Layout, Vector
 from fedq.privacy.base import Privacy, Round
 from fedq.privacy.example_gaussian import ExampleGaussian
@@ -281,6 +283,12 @@ class Site(Protocol):
     def simulated(self) -> bool:
         """Whether the data is no one's: the server may then ask for noise that is no secret."""
 
+    def credentials(self, context: Context) -> Credentials:
+        """Return the client's keys and whom it trusts, for secure aggregation and seals."""
+
+    def wants_signatures(self, context: Context) -> bool:
+        """Whether the client takes part in rounds only that its server signed."""
+
 
 @dataclass(frozen=True)
 class SimulatedSite:
@@ -291,6 +299,7 @@ class SimulatedSite:
       parts: Row indices of each partition, by ``partition-id``.
       state_directory: Where clients keep state between rounds.
       models: Received models to keep there; one directory serves all simulated clients.
+      seed: Of the run; simulated keys follow from it.
     """
 
     data: Any
@@ -298,6 +307,7 @@ class SimulatedSite:
     state_directory: Path
     models: int = 2
     simulated: ClassVar[bool] = True
+    seed: int = 0
 
     def identity(self, context: Context) -> int:
         """Return the node's partition."""
@@ -313,6 +323,15 @@ class SimulatedSite:
     def store(self, context: Context) -> StateStore:
         """Return the directory that simulated clients share."""
         return StateStore(self.state_directory, self.models)
+
+    def credentials(self, context: Context) -> Credentials:
+        """Return keys that follow from the run's seed."""
+        identity = simulated(self.seed, self.identity(context))
+        return Credentials(identity, SimulatedRoster(self.seed))
+
+    def wants_signatures(self, context: Context) -> bool:
+        """Return False: a simulation signs only if it is asked to."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -334,15 +353,59 @@ class Client:
     _requests: list[_Request] = field(default_factory=list, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
-        """Answer one training request."""
+        """Answer one training request, or one phase of secure aggregation."""
+        blob = records.unpack(message.content)
+        reply = self._answer(message, context, blob)
+        about = sealing.requested(blob)
+        if about is None:
+            return reply
+        credentials = self.site.credentials(context)
+        sealed = seal(
+            records.unpack(reply.content),
+            about,
+            client=self.site.identity(context),
+            identity=credentials.identity,
+            server=credentials.roster.server,
+        )
+        return Message(records.pack(sealed), reply_to=message)
+
+    def _answer(self, message: Message, context: Context, blob: bytes) -> Message:
+        train = partial(self._train, message, context)
+        if blob.startswith(wire.SECURE_MAGIC):
+            site, client = self.site, self.site.identity(context)
+            own = partial(site.credentials, context)
+            return secure_client.answer(message, blob, client, own, site.store(context), train)
+        result = train(blob)
+        if isinstance(result, Message):
+            return result
+        task, trained = result
+        return task.reply(
+            trained.delta,
+            examples=trained.examples,
+            client=self.site.identity(context),
+            loss=trained.loss,
+            state=trained.state,
+            store=self.site.store(context),
+        )
+
+    def _train(
+        self, message: Message, context: Context, blob: bytes
+    ) -> tuple[Task, Trained] | Message:
+        """Open a request and train as it says; or the reply that there is no update."""
         from fedq.training import Diverged
 
         store = self.site.store(context)
         try:
-            request = self._open(message, store)
+            request = self._open(message, blob, store)
         except NoBaseError as error:
             return Task.refuse(message, error)
         task, trainer = dataclasses.replace(request.task, message=message), request.trainer
+        if task.metadata.get("sealed") or self.site.wants_signatures(context):
+            try:
+                roster = self.site.credentials(context).roster
+                sealing.check(task.metadata, task.weights, task.state, roster)
+            except FedqError as error:
+                return task.drop(str(error))
         client = self.site.identity(context)
         x, y = self.site.examples(context)
         if len(y) == 0:
@@ -358,17 +421,9 @@ class Client:
             trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
-        return task.reply(
-            trained.delta,
-            examples=trained.examples,
-            client=client,
-            loss=trained.loss,
-            state=trained.state,
-            store=store,
-        )
+        return task, trained
 
-    def _open(self, message: Message, store: StateStore) -> _Request:
-        blob = records.unpack(message.content)
+    def _open(self, message: Message, blob: bytes, store: StateStore) -> _Request:
         # Simulated clients of a round share requests; a worker decodes each once. There are few,
         # and to compare bytes costs less than to hash them.
         for request in self._requests:

@@ -12,6 +12,7 @@ from typing import Any
 from fedq import registry
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.errors import ConfigError, unknown
+from fedq.secagg import IntegerNoise
 from fedq.training_config import TrainingConfig
 
 #: Experiment fields that hold a registered object, and the group each is chosen from.
@@ -27,6 +28,7 @@ CHOICES: dict[str, str] = {
     "guard": "guard",
     "attack": "attack",
     "privacy": "privacy",
+    "secure_aggregation": "secure_aggregation",
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
@@ -68,6 +70,8 @@ class Experiment:
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
       resume: Run directory to continue.
+      sealed: Whether the server signs its requests, and clients sign and encrypt their replies.
+      keys: The server's directory of keys (see ``fedq keys``); ``None`` simulates keys, too.
       plugins: Python files of the user's own registered objects; never taken from a peer.
     """
 
@@ -95,6 +99,8 @@ class Experiment:
     baseline: bool
     run_dir: str | None
     resume: str | None
+    sealed: bool
+    keys: str | None
     plugins: tuple[str, ...]
     model: Any = field()
     data: Any = field()
@@ -107,11 +113,13 @@ class Experiment:
     guard: Any = field()
     attack: Any = field()
     privacy: Any = field()
+    secure_aggregation: Any = field()
     engine: Any = field()
 
     def __post_init__(self) -> None:
         _ = self.training  # checks its own options
         _check(self.run_dir != "", "run_dir must be a path or null", "empty")
+        _check(self.keys != "", "keys must be a path or null", "empty")
         _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
         _check(self.seed >= 0, "seed must not be negative", self.seed)
         _check(
@@ -155,13 +163,58 @@ class Experiment:
             "server_memory_gb must be positive, or null",
             self.server_memory_gb,
         )
+        if self.attack.fraction > 0:
+            _check(
+                not self.uplink_context,
+                "attack needs uplink_context=false: it decodes replies on their own",
+                self.uplink_context,
+            )
+            _check(
+                not (self.sealed or self.secure_aggregation.integers or self.privacy.integers),
+                "attack rewrites a codec's payloads; it needs sealed=false, "
+                "secure_aggregation=none and a privacy mechanism that leaves the codec's",
+                "sealed, masked or integer updates",
+            )
+        self.privacy.check(self)
+        if self.secure_aggregation.integers:
+            self._check_sums()
+        _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
+
+    def _check_sums(self) -> None:
+        """Refuse what does not go with sums of integers."""
+        mode = f"secure_aggregation={self.secure_aggregation.name}"
         _check(
-            not (self.uplink_context and self.attack.fraction > 0),
-            "attack needs uplink_context=false: it decodes replies on their own",
+            not isinstance(self.codec, ErrorFeedback),
+            f"{mode} sends integers of a grid in place of the codec's payloads, and feeds no "
+            "errors back; choose another codec, or secure_aggregation=none",
+            self.codec.name,
+        )
+        _check(
+            not self.uplink_context,
+            f"{mode} does not code beside earlier models; uplink_context must be false",
             self.uplink_context,
         )
-        self.privacy.check(self)
-        _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
+        _check(
+            not self.privacy.unit,
+            f"{mode} adds no noise of privacy={self.privacy.name} yet; choose one of the two",
+            f"privacy={self.privacy.name}",
+        )
+        cohort = self.clients_per_round
+        if isinstance(cohort, float):
+            cohort = 0 if self.clients is None else max(1, round(cohort * self.clients))
+        elif self.clients is not None:
+            cohort = min(cohort, self.clients)
+        self.secure_aggregation.check(
+            clients=cohort or None,
+            max_weight=1 if self.weighting == "uniform" else self.max_examples,
+            aggregator=self.aggregator.name,
+            noise=self.integer_noise,
+        )
+
+    @property
+    def integer_noise(self) -> IntegerNoise | None:
+        """What clients add to the integers of secure aggregation."""
+        return self.privacy if isinstance(self.privacy, IntegerNoise) else None
 
     @property
     def training(self) -> TrainingConfig:

@@ -29,6 +29,7 @@ from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
 from fedq.guard import limit_memory
+from fedq.keys import SMALLEST_SUM, Credentials
 from fedq.report import report
 from fedq.results import default_run_path, read_config
 from fedq.state import StateStore
@@ -107,6 +108,23 @@ class DeviceSite:
         """Return the device's own directory."""
         return StateStore(self.state_directory)
 
+    def credentials(self, context: Context) -> Credentials:
+        """Return the keys of the directory that the node's own configuration names."""
+        node = context.node_config
+        if "keys" not in node:
+            raise ConfigError(
+                "this device has no keys, and the server asks for some; make them with "
+                "fedq keys device, and name their directory in --node-config 'keys=\"DIR\"'"
+            )
+        smallest = int(node.get("smallest-sum", SMALLEST_SUM))
+        if smallest < SMALLEST_SUM:
+            raise ConfigError(f"smallest-sum must be at least {SMALLEST_SUM}, not {smallest}")
+        return Credentials.load(Path(str(node["keys"])).expanduser(), smallest)
+
+    def wants_signatures(self, context: Context) -> bool:
+        """Whether the device has keys: none that its owner gave it goes without."""
+        return "keys" in context.node_config
+
 
 def _site(context: Context) -> Site:
     """Return the site of a node: a device if its configuration names data, else a partition."""
@@ -128,7 +146,7 @@ def _site(context: Context) -> Site:
     if experiment.run_dir is not None:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
     models = models_kept(experiment.downlink_history)
-    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models)
+    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models, experiment.seed)
 
 
 def _state_name(context: Context) -> str:

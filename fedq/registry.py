@@ -33,6 +33,7 @@ GROUPS: dict[str, str] = {
     "partition": "fedq.data.partitions",
     "privacy": "fedq.privacy",
     "quantization": "fedq.quantization",
+    "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",
 }
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from fedq.engines.adversary import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
 from fedq.guard import GuardState
+from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.privacy.base import PrivacyState
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
+from fedq.sealing import Sealing
+from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
 from fedq.training import Trainer, trainer_for
@@ -64,6 +68,20 @@ def run(
     return server.finish(state)
 
 
+def _secure(experiment: Experiment) -> SecureServer | None:
+    """Return the server of the experiment's secure aggregation, None without."""
+    mode = experiment.secure_aggregation
+    if not mode.integers:
+        return None
+    return SecureServer(mode, _credentials(experiment), experiment.integer_noise)
+
+
+def _credentials(experiment: Experiment) -> Credentials:
+    if experiment.keys is None:
+        return Credentials(simulated(experiment.seed), SimulatedRoster(experiment.seed))
+    return Credentials.load(Path(experiment.keys).expanduser())
+
+
 class _Server:
     def __init__(
         self,
@@ -86,6 +104,8 @@ class _Server:
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.root = _root(dataset, experiment.aggregator.trusted_examples, experiment.seed)
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
+        drawn = experiment.integer_noise if experiment.secure_aggregation.integers else None
+        noise = {} if drawn is None else {"noise": registry.to_config(drawn)}
         self.strategy = FedQ(
             layout=self.trainer.layout,
             state_layout=self.trainer.state_layout,
@@ -101,6 +121,7 @@ class _Server:
                 "input_shape": shape,
                 "classes": classes,
                 "training": experiment.training.to_config(),
+                **noise,
             },
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,
@@ -111,6 +132,8 @@ class _Server:
             uplink_context=experiment.uplink_context,
             guard=experiment.guard,
             trusted=self._trusted,
+            sealing=Sealing(_credentials(experiment)) if experiment.sealed else None,
+            secure=_secure(experiment),
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
             privacy=experiment.privacy,
         )

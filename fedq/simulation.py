@@ -18,6 +18,7 @@ from fedq import config, registry, server
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
 from fedq.downlink import models_kept
+from fedq.errors import ConfigError
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
@@ -102,6 +103,7 @@ def make_site(
     hostile: list[int],
     state_directory: Path,
     models: int,
+    seed: int = 0,
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
@@ -110,6 +112,7 @@ def make_site(
         parts=dict(enumerate(parts)),
         state_directory=state_directory,
         models=models,
+        seed=seed,
         attack=registry.from_config("attack", attack),
         hostile=frozenset(hostile),
     )
@@ -129,6 +132,8 @@ def run_experiment(
     experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
 ) -> Outcome:
     """Run one experiment into a directory, or continue the one that is there."""
+    if experiment.keys is not None:
+        raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
     dataset = load(experiment.data)
     experiment = anchored(experiment)
     parts = partition(experiment, dataset)
@@ -146,6 +151,7 @@ def run_experiment(
         experiment.attack.hostile(len(filled), experiment.seed),
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
+        experiment.seed,
     )
     experiment = experiment.replace(clients=len(parts))
     cohort = experiment.clients_per_round

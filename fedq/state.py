@@ -4,6 +4,7 @@
 
     residual/<client>/000012.f32    what error feedback owes after round 12, (d,) little-endian
     model/000012.f32                the global model received in round 12
+    secret/<client>                 keys of a round of secure aggregation under way; owner only
 """
 
 from __future__ import annotations
@@ -67,6 +68,35 @@ class StateStore:
     def _residuals(self, client: int) -> Path:
         # A folder per client: to list one for thousands of them would cost more than the training.
         return self.directory / "residual" / str(client)
+
+    def secrets(self, client: int) -> bytes | None:
+        """Return what :meth:`keep_secrets` kept for a client."""
+        path = self._secrets / str(client)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise FedqError(f"cannot read the client state {path}: {error}") from error
+
+    def keep_secrets(self, client: int, data: bytes) -> None:
+        """Replace a client's secrets; nobody but the owner may read them."""
+        path = self._secrets / str(client)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._secrets.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise FedqError(f"cannot keep client state in {self.directory}: {error}") from error
+
+    @property
+    def _secrets(self) -> Path:
+        return self.directory / "secret"
 
     @property
     def _models(self) -> Path:

@@ -11,12 +11,12 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from fedq.aggregators.mean import Mean
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
+from fedq.envelope import Opener
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.guard import Guard, GuardState, RejectedError, Watch
 from fedq.layout import Layout, Vector
@@ -35,6 +36,7 @@ from fedq.optimizers.sgd import SGD
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
+from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
 from fedq.training_config import TrainingConfig
 
@@ -132,6 +134,13 @@ class Update:
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
 
 
+class Sums(Protocol):
+    """How a round runs in which clients send sums of integers in place of payloads."""
+
+    def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
+        """Run the round's phases and return the state after it."""
+
+
 class FedQ(Strategy):
     """Federated optimisation with encoded updates (FedOpt, Reddi et al. 2021, algorithm 1).
 
@@ -166,6 +175,8 @@ class FedQ(Strategy):
       trusted: Trains on the server's own examples, for an aggregator with ``trusted_examples``:
         from the round's state to a delta, (d,) float32.
       privacy: What protects the updates; a mechanism with a guarantee weighs them all alike.
+      sealing: Signs requests and opens sealed replies; None asks for no seals.
+      secure: How clients send sums of integers in place of payloads; None is a trusted server.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -196,6 +207,8 @@ class FedQ(Strategy):
         guard: Guard | None = None,
         trusted: Callable[[ServerState], Vector] | None = None,
         privacy: Privacy | None = None,
+        sealing: Sealing | None = None,
+        secure: Sums | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -214,6 +227,7 @@ class FedQ(Strategy):
         self.uplink_context = uplink_context and codec.predictive
         self.guard = guard or Guard()
         self.trusted = trusted
+        self.sealing, self.secure = sealing, secure
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -236,6 +250,8 @@ class FedQ(Strategy):
           FedqError: If several rounds in a row found no quorum, or the model diverged.
         """
         current = self._begin(grid, before)
+        if self.secure is not None:
+            return self.secure.collect(self, grid, current), current.report
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
         return self._finish(current, replies), current.report
 
@@ -251,14 +267,19 @@ class FedQ(Strategy):
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
-        blobs: dict[int | None, bytes] = {None: self._blob(before, asked, whole)}
+        context = _Context(self.downlink, before.broadcasts, whole)
+        request, openers = {**self.request(before), **asked}, None
+        if self.sealing is not None:
+            request = self.sealing.announced(request, len(nodes), context.model, before.state)
+            openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
+        blobs: dict[int | None, bytes] = {None: self._blob(request, before, whole)}
         contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
-        messages, context = [], _Context(self.downlink, before.broadcasts, whole)
+        messages = []
         for node in nodes:
             base = self.downlink.base(node, before.broadcasts)
             if base is not None and base not in blobs:
                 changes = self.downlink.changes(weights, seed, before.broadcasts, base)
-                blobs[base] = min(self._blob(before, asked, changes, base), blobs[None], key=len)
+                blobs[base] = min(self._blob(request, before, changes, base), blobs[None], key=len)
                 contents[base] = records.pack(blobs[base])
             if self.uplink_context and base is not None and blobs[base] is not blobs[None]:
                 context.offered[node] = base
@@ -266,7 +287,7 @@ class FedQ(Strategy):
             messages.append(
                 Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
             )
-        report.float32_downlink_bytes = len(self._blob(before, asked, self._float32)) * len(nodes)
+        report.float32_downlink_bytes = len(self._blob(request, before, self._float32)) * len(nodes)
         return _Round(
             before=before,
             report=report,
@@ -280,6 +301,8 @@ class FedQ(Strategy):
             watch=watch,
             privacy=privacy,
             about=about,
+            request=request,
+            openers=openers,
             start=start,
         )
 
@@ -335,20 +358,23 @@ class FedQ(Strategy):
         chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _blob(
-        self,
-        before: ServerState,
-        asked: Mapping[str, Any],
-        model: bytes,
-        base: int | None = None,
-    ) -> bytes:
-        metadata = {
+    def request(self, before: ServerState) -> dict[str, Any]:
+        """Return what every client of a round is told beside the model."""
+        return {
             **self.task,
-            **asked,
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
         }
+
+    def _blob(
+        self,
+        request: Mapping[str, Any],
+        before: ServerState,
+        model: bytes,
+        base: int | None = None,
+    ) -> bytes:
+        metadata = dict(request)
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -359,13 +385,8 @@ class FedQ(Strategy):
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
-        before, report = current.before, current.report
-        privacy, about = current.privacy, current.about
-        reference = None
-        if self.aggregator.trusted_examples and self.trusted is not None:
-            reference = self.trusted(before)
-        deltas = privacy.stream(self.aggregator, about, reference)
-        states = self.aggregator.for_state.stream(self.state_layout.size, report.sampled)
+        report, privacy = current.report, current.privacy
+        deltas, states = self.streams(current, report.sampled)
         losses: list[tuple[float, float]] = []
         accepted: list[Contribution] = []
         lock = Lock()
@@ -394,6 +415,29 @@ class FedQ(Strategy):
                 losses.append((update.loss, update.weight))
         if current.waiting:
             report.rejected["no reply"] += len(current.waiting)
+        return self.conclude(current, deltas, states, losses, accepted)
+
+    def streams(self, current: _Round, capacity: int) -> tuple[Stream, Stream]:
+        """Return where up to ``capacity`` updates of a round go: deltas and states."""
+        reference = None
+        if self.aggregator.trusted_examples and self.trusted is not None:
+            reference = self.trusted(current.before)
+        about = dataclasses.replace(current.about, cohort=capacity)
+        return (
+            current.privacy.stream(self.aggregator, about, reference),
+            self.aggregator.for_state.stream(self.state_layout.size, capacity),
+        )
+
+    def conclude(
+        self,
+        current: _Round,
+        deltas: Stream,
+        states: Stream,
+        losses: list[tuple[float, float]],
+        accepted: Sequence[Contribution] = (),
+    ) -> ServerState:
+        """Step with what was aggregated, and note who holds which model."""
+        before, report = current.before, current.report
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
@@ -420,7 +464,7 @@ class FedQ(Strategy):
         return after
 
     def _step(
-        self, current: _Round, deltas: Stream, states: Stream, accepted: list[Contribution]
+        self, current: _Round, deltas: Stream, states: Stream, accepted: Sequence[Contribution]
     ) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
@@ -464,8 +508,9 @@ class FedQ(Strategy):
 
     @cached_property
     def _most_reply_bytes(self) -> int:
-        """More than any reply of this codec and layout is long."""
-        body = self.codec.max_body_bytes(self.layout)
+        """More than any reply is long; what is no codec's has its own exact length."""
+        codec = Identity() if self.privacy.integers or self.secure is not None else self.codec
+        body = 2 * codec.max_body_bytes(self.layout)
         values = np.zeros(self.state_layout.size, np.float32)
         state = len(Identity().encode(values, self.state_layout))
         return body + state + wire.MAX_METADATA_BYTES + _HEADS_BYTES
@@ -481,6 +526,14 @@ class FedQ(Strategy):
 
     def _open(self, reply: Message, current: _Round) -> Update:
         """Check one reply; whatever makes it unusable is a RejectedError."""
+        node, slot, message = self._read(reply, current)
+        try:
+            return self._update(node, slot, message, current)
+        except DecodeError as error:
+            raise RejectedError("malformed", str(error)) from None
+
+    def _read(self, reply: Message, current: _Round) -> tuple[int, int, wire.Envelope]:
+        """Return who replied, its place in the cohort and what it said in this round."""
         report = current.report
         if reply.has_error():
             current.answer(reply)
@@ -501,12 +554,17 @@ class FedQ(Strategy):
         if slot is None:
             raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
         try:
+            sealer = None
+            if current.openers is not None:
+                sealer, blob = current.openers[node].open(blob, len(blob))
             message = wire.unseal(blob)
             metadata = message.metadata
+            if sealer is not None and metadata.get("client", sealer) != sealer:
+                raise DecodeError(f"client {sealer} seals as client {metadata.get('client')}")
             if metadata.get("round") != report.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
-            return self._update(node, slot, message, current)
+            return node, slot, message
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
@@ -615,6 +673,8 @@ class FedQ(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return a round's messages (Flower's hook; :meth:`run_round` is the whole round)."""
+        if self.secure is not None:
+            raise ConfigError("secure aggregation takes several messages a round; use start()")
         weights = self.layout.flatten(_numpy(arrays))
         before = self._state or self.initial(weights)
         self.task.update(config)
@@ -726,7 +786,8 @@ class _Context:
     _moved: dict[int, Vector] = field(default_factory=dict)  # by base: few, whatever the clients
 
     @cached_property
-    def _model(self) -> Vector:
+    def model(self) -> Vector:
+        """The model as this round's clients decode it."""
         return self.downlink.codec.decode(self.whole, self.downlink.layout)
 
     def claim(self, node: int, base: object) -> Vector | None:
@@ -736,7 +797,7 @@ class _Context:
         if isinstance(base, bool) or not isinstance(base, int) or self.offered.get(node) != base:
             raise DecodeError(f"coded beside round {base!r}, which it was not asked to use")
         if base not in self._moved:
-            self._moved[base] = self._model - self.downlink.sent(self.broadcasts, base)
+            self._moved[base] = self.model - self.downlink.sent(self.broadcasts, base)
         return self._moved[base]
 
 
@@ -756,6 +817,8 @@ class _Round:
     watch: Watch
     privacy: Privacy  #: with the bound of this round
     about: Round
+    request: Mapping[str, Any]  #: what every client is told beside the model
+    openers: Mapping[int, Opener] | None  #: by node, of sealed replies
     start: float
 
     def answer(self, reply: Message) -> tuple[int, int | None]:

@@ -13,6 +13,8 @@ A **message** is what one side sends in one round::
 
     "fQ" | version u8 | crc u32 | metadata: varint length, JSON | count u8 | parts: length, bytes
 
+A request of secure aggregation is a message, too, but begins with "fS".
+
 Nothing here allocates by a size that a peer claims: lengths are checked against the bytes at hand.
 """
 
@@ -37,7 +39,7 @@ from fedq.errors import ConfigError, DecodeError
 from fedq.layout import Layout
 
 VERSION = 1
-FRAME_MAGIC, MESSAGE_MAGIC = b"fq", b"fQ"
+FRAME_MAGIC, MESSAGE_MAGIC, SECURE_MAGIC = b"fq", b"fQ", b"fS"
 MAX_METADATA_BYTES = 1 << 16
 MAX_PARTS = 8
 _HEAD = struct.Struct("<2sBI")
@@ -281,7 +283,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def seal(message: Envelope) -> bytes:
+def seal(message: Envelope, magic: bytes = MESSAGE_MAGIC) -> bytes:
     """Serialise a message; the inverse of :func:`unseal`.
 
     >>> unseal(seal(Envelope({"loss": 0.5}, [b"abc"]))).metadata
@@ -297,16 +299,24 @@ def seal(message: Envelope) -> bytes:
     pieces: list[bytes | memoryview] = [varint(len(meta)), meta, bytes([len(message.parts)])]
     for part in message.parts:
         pieces += [varint(len(part)), part]
-    return _seal(MESSAGE_MAGIC, *pieces)
+    return _seal(magic, *pieces)
 
 
-def unseal(data: bytes | memoryview) -> Envelope:
+def unseal(data: bytes | memoryview, magic: bytes = MESSAGE_MAGIC) -> Envelope:
     """Open a message.
 
     Raises:
       DecodeError: On anything that :func:`seal` did not write.
     """
-    reader = _unseal(MESSAGE_MAGIC, data, "message")
+    return _read_message(_unseal(magic, data, "message"))
+
+
+def peek(data: bytes | memoryview) -> Envelope:
+    """Read a message of either kind that is yet to be opened: its checksum is not looked at."""
+    return _read_message(Reader(memoryview(data)[_HEAD.size :]))
+
+
+def _read_message(reader: Reader) -> Envelope:
     length = reader.varint()
     if length > MAX_METADATA_BYTES:
         raise DecodeError(f"{length} bytes of metadata; at most {MAX_METADATA_BYTES} are read")

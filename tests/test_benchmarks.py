@@ -29,6 +29,7 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_all_are_found() -> None:
     names = {"codecs", "engine", "main_job", "memory", "scale", "tasks", "vectors"}
+    names |= {"secure_aggregation"}
     assert names <= set(SCRIPTS)
 
 

@@ -14,7 +14,7 @@ import fedq
 LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
-        "downlink state experiment jit threads guard attacks privacy",
+        "downlink state experiment jit threads guard attacks privacy keys secagg envelope sealing",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
@@ -28,7 +28,10 @@ LAYERS: dict[str, tuple[str, str]] = {
         "flwr hydra omegaconf ray rich matplotlib",
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
-    "protocol": ("records strategy client engines", "torch hydra omegaconf ray matplotlib"),
+    "protocol": (
+        "records strategy client engines secure_client secure_server",
+        "torch hydra omegaconf ray matplotlib",
+    ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
     "programs": ("simulation node fleet", "ray matplotlib"),
 }

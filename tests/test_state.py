@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,22 @@ def test_unusable_folders_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "residual" / "0" / "000001.f32").mkdir(parents=True)
     with pytest.raises(FedqError, match="cannot read the client state"):
         store.residual(0, 2, LAYOUT)
+
+
+def test_secrets_are_replaced_whole_and_for_their_owner_alone(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state")
+    assert store.secrets(3) is None
+    for data in (b"first", b"the second is longer", b"3"):
+        store.keep_secrets(3, data)
+        assert store.secrets(3) == data
+    assert store.secrets(4) is None
+    folder = tmp_path / "state" / "secret"
+    assert [path.name for path in folder.iterdir()] == ["3"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "3").stat().st_mode) == 0o600
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedqError, match="cannot keep client state"):
+        StateStore(tmp_path / "file").keep_secrets(0, b"")
+    (folder / "5").mkdir()
+    with pytest.raises(FedqError, match="cannot read the client state"):
+        store.secrets(5)

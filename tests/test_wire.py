@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import numpy as np
@@ -246,3 +247,20 @@ def test_random_bytes_are_no_message(data):
         except DecodeError:
             continue
         assert isinstance(message.metadata, dict)
+
+
+def test_a_request_of_secure_aggregation_is_told_apart():
+    message = wire.Envelope({"phase": "mask"}, [b"abc"])
+    ordinary, secure = wire.seal(message), wire.seal(message, wire.SECURE_MAGIC)
+    assert ordinary[2:3] == secure[2:3]
+    assert wire.unseal(secure, wire.SECURE_MAGIC).metadata == message.metadata
+    for blob, magic in ((ordinary, wire.SECURE_MAGIC), (secure, wire.MESSAGE_MAGIC)):
+        with pytest.raises(DecodeError, match="not a fedq message"):
+            wire.unseal(blob, magic)
+        assert bytes(wire.peek(blob).parts[0]) == b"abc"
+
+
+@given(st.binary(max_size=200))
+def test_to_peek_at_random_bytes_is_safe(data):
+    with contextlib.suppress(DecodeError):
+        wire.peek(data)

@@ -128,15 +128,21 @@ def summary(run: Path) -> dict[str, object]:
     return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
 
 
+def bundle(tmp_path: Path) -> Path:
+    """Copy the app; flwr refuses directories whose name is not a package's."""
+    app = tmp_path / "app"
+    for name in BUNDLED:
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, app / name)
+    return app
+
+
 @pytest.mark.slow
 def test_flwr_run_and_its_resumption_give_the_model_of_fedq_simulate(
     superlink: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    app = tmp_path / "app"  # flwr refuses directories whose name is not a package's
-    for name in BUNDLED:
-        source = REPOSITORY / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, app / name)
+    app = bundle(tmp_path)
     run, local = tmp_path / "flower", tmp_path / "local"
     text = flwr_run(app, superlink, *OPTIONS, "rounds=2", f"run_dir={run}")
     assert (run / "summary.json").exists(), text  # flwr run exits with 0 on failure, too
@@ -145,6 +151,22 @@ def test_flwr_run_and_its_resumption_give_the_model_of_fedq_simulate(
     text = flwr_run(app, superlink, f"resume={run}", "rounds=3")
     fedq_simulate(app, *OPTIONS, "clients=6", "rounds=3", f"run_dir={local}")
     for key in ("rounds", "clients", "rejected", "uplink_bytes", "accuracy", "model_sha256"):
+        assert summary(run)[key] == summary(local)[key], (key, text)
+
+
+@pytest.mark.slow
+def test_masks_and_seals_over_flower_s_own_messages(
+    superlink: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    app, run, local = bundle(tmp_path), tmp_path / "flower", tmp_path / "local"
+    options = ("data=digits", "clients_per_round=3", "baseline=false", "rounds=2")
+    masked = ("secure_aggregation=secagg", "sealed=true")
+    text = flwr_run(app, superlink, *options, *masked, f"run_dir={run}")
+    assert (run / "summary.json").exists(), text
+    clear = ("secure_aggregation=clear", "clients=6", f"run_dir={local}")
+    fedq_simulate(app, *options, *clear)
+    for key in ("rounds", "updates", "rejected", "accuracy", "model_sha256"):
         assert summary(run)[key] == summary(local)[key], (key, text)
 
 
