@@ -17,7 +17,7 @@ def hints(reference: Vector, layout: Layout) -> Hints:
 
     >>> reference = np.array([0, 1, -1, 2, -4], np.float32)
     >>> hints(reference, Layout.flat(5)) % HINT_SIZES
-    array([0, 4, 4, 5, 6], dtype=uint8)
+    array([0, 3, 3, 4, 5], dtype=uint8)
     """
     out = np.empty(layout.size, np.uint8)
     for tensor in layout:

@@ -9,7 +9,8 @@ gradients of a few samples are nearly (row ~ slope x running column factor). Eac
 bias; the logit of a decision is the sum of its five, and a step of gradient descent on the code
 length corrects all five at once (online logistic regression; Mahoney 2005, "Adaptive weighing of
 context models for lossless data compression", mixes probabilities by the same rule). The nth step
-of a bias has the rate 6 / (n + 12), and 1 / 32 from n = 180 on.
+of a bias has the rate 6 / (n + 12), and 1 / 32 from n = 180 on; in statistics that are said to be
+steady it falls on, to 1 / 230.
 
 The result drives a carry-propagating range coder (Martin 1979) with an interval of 48 bits that
 moves 16 at a time. One function codes both ways, so that encoder and decoder cannot drift apart,
@@ -59,7 +60,10 @@ _SLOTS = _MANTISSA + 5 * _NARROW * (_MAX_PREFIX + 1)
 
 # A slot holds a bias in 2**-24 and, in its low byte, how often it was used: the count is too small
 # to matter to the sum.
-_COUNT, _SETTLED = 255, 180
+_COUNT = 255
+# A slot that was used _SETTLED times learns at one rate from then on; in statistics that stay, it
+# counts every _SLOWER-th use further.
+_SETTLED, _SLOWER = 180, 16
 _SPAN = 1 << 47  # of the interval at first; it moves by 16 bits when 2**16 times smaller
 _DOMAIN = 704  # logits are clipped to +-_DOMAIN / 64
 _LEVEL_TOP = (1 << 16) - 1
@@ -82,7 +86,8 @@ _LEVEL_RATE, _FACTOR_RATE = 1024, 2731
 def _tables() -> tuple[NDArray[Any], ...]:
     """Return squash, rates, levels, classes and strengths, computed with integers only.
 
-    ``squash[x + 704] = 2**16 / (1 + exp(-x / 64))``; ``rates[n] = 2**14 * 6 / (n + 12)``;
+    ``squash[x + 704] = 2**16 / (1 + exp(-x / 64))``; ``rates[c] = 2**14 * 6 / (n + 12)`` at
+    the nth use, which is count c;
     ``levels[m] = 2**13 log2(1 + m)``; ``classes[level >> 4]``; ``strengths[predicted]``.
     """
     one = 1 << 128
@@ -95,7 +100,8 @@ def _tables() -> tuple[NDArray[Any], ...]:
         upper.append(((power << 17) + power + one) // (2 * (power + one)))
         power = power * root >> 128
     squash = [(1 << 16) - p for p in upper[:0:-1]] + upper
-    rates = [(6 << 14) // (n + 12) for n in range(_SETTLED + 1)]
+    uses = [*range(_SETTLED), *range(_SETTLED, _SETTLED + 76 * _SLOWER, _SLOWER)]
+    rates = [(6 << 14) // (n + 12) for n in uses]
     levels = [min(((1 + m) ** 8192).bit_length() - 1, _LEVEL_TOP) for m in range(256)]
     classes = np.searchsorted(_CLASS_BOUNDS, np.arange(0, _LEVEL_TOP, 16))
     strengths = np.searchsorted(_STRENGTH_BOUNDS, np.arange(_STRONGEST + 1))
@@ -160,7 +166,9 @@ def _learned(bias, error, rates):  # type: ignore[no-untyped-def]
     """Return the slot one step against the gradient of the code length later, and count it."""
     count = bias & _COUNT
     step = (error * int(rates[count]) >> 6) & ~_COUNT
-    return bias + step + (1 if count < _SETTLED else 0)
+    # Low bits of the bias are as good as random, and both ends have them.
+    later = count < rates.size - 1 and (bias >> 8) % _SLOWER == 0
+    return bias + step + (1 if count < _SETTLED or later else 0)
 
 
 @inline
@@ -380,9 +388,10 @@ def _coder(decoding: bool) -> Any:
 _encoder, _decoder = _coder(False), _coder(True)
 
 
-def _model() -> tuple[NDArray[Any], ...]:
+def _model(steady: bool) -> tuple[NDArray[Any], ...]:
     """Return the slots of a coder that has seen nothing, squash and rates."""
-    return np.zeros(_SLOTS, np.int64), *_tables()[:2]
+    squash, rates = _tables()[:2]
+    return np.zeros(_SLOTS, np.int64), squash, rates if steady else rates[: _SETTLED + 1]
 
 
 def _roundest(low: int, span: int) -> int:
@@ -413,6 +422,8 @@ def encode(
     table: NDArray[np.uint8] | None = None,
     trellis: NDArray[np.int64] | None = None,
     hint: NDArray[np.uint8] | None = None,
+    *,
+    steady: bool = False,
 ) -> bytes | None:
     """Code integers, or return None if that takes more than ``limit`` bytes.
 
@@ -427,6 +438,8 @@ def encode(
       trellis: (states, 2) next state by state, and by the parity of value plus offset.
       hint: (n,) what both ends suppose: a size below :data:`HINT_SIZES`, plus
         :data:`HINT_POSITIVE` if above zero; only their statistics count, not what they mean.
+      steady: Whether statistics stay the same throughout: contexts then learn ever more slowly,
+        which saves some 0.03 bits per integer there and costs up to 4 % elsewhere.
 
     Example:
       >>> len(encode(np.zeros(10_000, np.int32), [(10_000, 100)], limit=100))
@@ -446,7 +459,7 @@ def encode(
         *_geometry(tensors),
         (0, _SPAN, 0),
         buffer,
-        _model(),
+        _model(steady),
         _tables()[2:],
     )
     if at > buffer.size:
@@ -463,6 +476,8 @@ def decode(
     table: NDArray[np.uint8] | None = None,
     trellis: NDArray[np.int64] | None = None,
     hint: NDArray[np.uint8] | None = None,
+    *,
+    steady: bool = False,
 ) -> Integers:
     """Decode the integers of :func:`encode`, (n,) int32.
 
@@ -490,7 +505,7 @@ def decode(
         columns,
         (code, _SPAN, 6),
         buffer,
-        _model(),
+        _model(steady),
         _tables()[2:],
     )
     if not sound:

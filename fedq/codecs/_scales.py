@@ -120,6 +120,11 @@ class Scales:
     rows: list[Index]
     columns: list[Index]
 
+    @property
+    def even(self) -> bool:
+        """Whether all rows and all columns of each tensor are alike."""
+        return all(np.ptp(part) == 0 for part in (*self.rows, *self.columns) if part.size)
+
 
 class Profile:
     """Root mean squares of all rows and columns of a vector, as logarithms."""

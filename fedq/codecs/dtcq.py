@@ -31,7 +31,8 @@ class DTCQ(SteppedCodec):
     Rows and columns have scales, sent in half octaves. They set the step of each coordinate, and,
     where less than some two thirds of a bit would be spent on it, the chance p that it is sent at
     all; what is sent stands for ``x / p``. Which ones are sent follows from the seed and costs
-    nothing. Coding is by context: rows, columns, and where zero lies between the levels.
+    nothing. Coding is by context: rows, columns, and where zero lies between the levels; where all
+    scales of each tensor are alike, the contexts are taken to be steady.
 
     A reference is a context, too: how large its coordinate is and of which sign. It need not be
     close, and steps and targets take no notice of it.
@@ -137,6 +138,7 @@ class DTCQ(SteppedCodec):
             _dither.places(),
             transitions(self.states),
             hints,
+            steady=scales.even,
         )
         assert body is not None
         return head + wire.varint(len(side)) + side + body
@@ -155,7 +157,13 @@ class DTCQ(SteppedCodec):
         plan = _Plan.of(self, scales, layout, seed, step)
         trellis = transitions(self.states)
         values = _range.decode(
-            reader.rest(), _scales.geometry(layout), plan.place, _dither.places(), trellis, hints
+            reader.rest(),
+            _scales.geometry(layout),
+            plan.place,
+            _dither.places(),
+            trellis,
+            hints,
+            steady=scales.even,
         )
         out = np.empty(layout.size, np.float32)
         steps = self._law.multiplier * (step * plan.sign)
