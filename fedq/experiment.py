@@ -171,6 +171,12 @@ class Experiment:
             f"{mode} does not code beside earlier models; uplink_context must be false",
             self.uplink_context,
         )
+        _check(
+            self.privacy.name == "none" or self.integer_noise is not None,
+            f"{mode} applies privacy mechanisms that add noise to integers only; choose one, or "
+            "privacy=none",
+            self.privacy.name,
+        )
         cohort = self.clients_per_round
         if isinstance(cohort, float):
             cohort = 0 if self.clients is None else max(1, round(cohort * self.clients))
