@@ -195,9 +195,10 @@ class Experiment:
             self.uplink_context,
         )
         _check(
-            not self.privacy.unit,
-            f"{mode} adds no noise of privacy={self.privacy.name} yet; choose one of the two",
-            f"privacy={self.privacy.name}",
+            self.privacy.name == "none" or self.integer_noise is not None,
+            f"{mode} applies privacy mechanisms that add noise to integers only; choose one, or "
+            "privacy=none",
+            self.privacy.name,
         )
         cohort = self.clients_per_round
         if isinstance(cohort, float):

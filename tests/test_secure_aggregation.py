@@ -172,6 +172,15 @@ def test_secrets_end_with_the_round() -> None:
     assert all(json.loads(m or b"")["session"] is None for m in fleet.memories.values())
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [b"{", b"[]", b"{}", b'{"spent": 1, "session": null}', b'{"spent": {}, "session": {}}'],
+)
+def test_a_damaged_memory_is_one_line(memory: bytes) -> None:
+    with pytest.raises(RefusedError, match="damaged; remove"):
+        Fleet(4, memories={0: memory}).party(0)
+
+
 # --- clients that lie ----------------------------------------------------------------------------
 
 

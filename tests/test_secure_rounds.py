@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedq import Layout, build, records, registry, secure_client, wire
+from fedq import Layout, build, config, records, registry, secure_client, wire
 from fedq.client import Task
 from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, FedqError
@@ -275,6 +275,18 @@ def one(monkeypatch: pytest.MonkeyPatch) -> Any:
             return np.ones(size, np.int64)
 
     return One()
+
+
+def test_a_mechanism_without_integers_is_refused_and_one_with_them_is_not(one: Any) -> None:
+    experiment = config.load(["secure_aggregation=secagg"])
+    assert experiment.replace(privacy=one).integer_noise is one
+
+    @registry.register("privacy", "central")
+    class Central:
+        pass
+
+    with pytest.raises(ConfigError, match="noise to integers only"):
+        experiment.replace(privacy=Central())
 
 
 def test_a_mechanism_s_noise_is_in_the_sum(one: Any, tmp_path: Path) -> None:

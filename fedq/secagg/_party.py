@@ -88,9 +88,15 @@ class Party:
         self._session: _Session | None = None
         self._spent: dict[str, str] = {}
         if memory:
-            kept = json.loads(memory)
-            self._spent = kept["spent"]
-            self._session = _thawed(kept["session"])
+            try:
+                kept = json.loads(memory)
+                self._spent = dict(kept["spent"])
+                self._session = _thawed(kept["session"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise RefusedError(
+                    f"what client {client} remembers of secure aggregation is damaged; remove its "
+                    f"file secret/{client} in its state directory"
+                ) from None
 
     def memory(self) -> bytes:
         """Return what must be kept until the next message; secret while a round is under way."""
