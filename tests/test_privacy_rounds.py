@@ -494,7 +494,7 @@ def test_numbers_that_make_no_sense_are_named(name: str, option: str, value: str
 
 @pytest.mark.parametrize("value", ["0", "1", "-0.1", "inf", "nan"])
 def test_a_delta_that_makes_no_sense_is_named(value: str) -> None:
-    with pytest.raises(ConfigError, match="privacy.delta must be in .0, 1.*one over the number"):
+    with pytest.raises(ConfigError, match=r"privacy.delta must be in .0, 1.*one over the number"):
         config.load(["privacy=gaussian", "privacy.epsilon=1", f"privacy.delta={value}"])
 
 
@@ -534,3 +534,13 @@ def test_mechanisms_are_their_configuration() -> None:
         for options in cls.examples:  # type: ignore[attr-defined]
             privacy = build("privacy", name, **options)
             assert registry.from_config("privacy", registry.to_config(privacy)) == privacy
+
+
+def test_a_report_states_what_the_summary_states(tmp_path: Path) -> None:
+    from fedq.report import report
+    from fedq.report.runs import load_run
+    from fedq.report.tables import note
+
+    run(tmp_path / "run", "privacy=gaussian", "privacy.epsilon=5", "rounds=1")
+    assert "epsilon 5 at delta 1e-05 per client (gaussian)" in note([load_run(tmp_path / "run")])
+    assert report([tmp_path / "run"])
