@@ -28,6 +28,7 @@ from fedq.privacy.base import Round
 from fedq.privacy.gaussian import noisy_sum
 
 DELTA = 1e-4
+SEEDS = 6
 EPSILONS = (1.0, 3.0, 10.0)
 PARAMETERS = 1_000_000
 FEDERATION = (
@@ -127,7 +128,7 @@ def main() -> None:
     logging.getLogger("fedq").setLevel(logging.ERROR)
     quick = options.quick
     fast = speeds(options.seed, PARAMETERS // (10 if quick else 1), 1 if quick else 7)
-    rows = accuracies(*((1, 2, (10.0,)) if quick else (3, 20, EPSILONS)))
+    rows = accuracies(*((1, 2, (10.0,)) if quick else (SEEDS, 20, EPSILONS)))
     columns = {
         "mechanism": "mechanism",
         "epsilon": "epsilon",
@@ -138,7 +139,7 @@ def main() -> None:
     }
     text = [
         __doc__.split("\n\n", 1)[1].strip() if __doc__ else "",
-        f"Accuracy after {2 if quick else 20} rounds, mean of {1 if quick else 3} seeds; client "
+        f"Accuracy after {2 if quick else 20} rounds, mean of {1 if quick else SEEDS} seeds; client "
         f"level, delta {DELTA}, no amplification by sampling:",
         _common.table(columns, rows),
         f"CPU time of one core for {PARAMETERS // (10 if quick else 1):,} parameters, 100 clients, "

@@ -165,15 +165,9 @@ class Task:
     @property
     def about(self) -> Round:
         """What a privacy mechanism has to know of the round."""
-        training = TrainingConfig.from_config(self.metadata.get("training", {}))
-        return Round(
-            self.round,
-            int(self.metadata["seed"]),
-            registry.convert(self.metadata.get("cohort", 1), int, "cohort"),
-            self.layout.size,
-            training.batch_size,
-            training.local_epochs,
-        )
+        cohort = registry.convert(self.metadata.get("cohort", 1), int, "cohort")
+        seed = int(self.metadata["seed"])
+        return self.privacy.about(self.round, seed, cohort, self.layout.size, self.metadata)
 
     def reply(
         self,
@@ -356,16 +350,16 @@ class Client:
         trainer.load(task.weights, task.state)
         try:
             trained = _train(trainer, x, y, request.training, task, client)
+            return task.reply(
+                trained.delta,
+                examples=trained.examples,
+                client=client,
+                loss=trained.loss,
+                state=trained.state,
+                store=store,
+            )
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
-        return task.reply(
-            trained.delta,
-            examples=trained.examples,
-            client=client,
-            loss=trained.loss,
-            state=trained.state,
-            store=store,
-        )
 
     def _open(self, message: Message, store: StateStore) -> _Request:
         blob = records.unpack(message.content)

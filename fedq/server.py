@@ -117,6 +117,8 @@ class _Server:
                 "the privacy budget does not allow a single round; raise privacy.epsilon, or leave "
                 "out privacy.noise_multiplier so that the noise follows from the budget"
             )
+        for caveat in self.strategy.statement(state).get("privacy", {}).get("caveats", ()):
+            LOG.warning("privacy: %s", caveat)
         self.directory.truncate_rounds(after=-1)
         self._write(state, RoundReport(0), self._judge(state))
         return state
