@@ -139,8 +139,8 @@ def main() -> None:
     }
     text = [
         __doc__.split("\n\n", 1)[1].strip() if __doc__ else "",
-        f"Accuracy after {2 if quick else 20} rounds, mean of {1 if quick else SEEDS} seeds; client "
-        f"level, delta {DELTA}, no amplification by sampling:",
+        f"Accuracy after {2 if quick else 20} rounds, mean of {1 if quick else SEEDS} seeds; "
+        f"client level, delta {DELTA}, no amplification by sampling:",
         _common.table(columns, rows),
         f"CPU time of one core for {PARAMETERS // (10 if quick else 1):,} parameters, 100 clients, "
         "noise multiplier 1:",

@@ -78,8 +78,8 @@ class _Server:
         self.trainer: Trainer = trainer_for(
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
-        if experiment.privacy.unit == "example":
-            private_training.check(self.trainer)
+        if experiment.privacy.unit is not None:
+            private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.strategy = FedQ(
             layout=self.trainer.layout,
@@ -127,7 +127,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients", "privacy"],
+            meta=["layout", "failures", "held", "strangers", "clients"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -161,7 +161,7 @@ class _Server:
                 frozenset(saved.meta["strangers"]),
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
-            PrivacyState.load(saved.tensors, saved.meta["privacy"]),
+            PrivacyState.load(saved.tensors, saved.meta.get("privacy")),
         )
 
     def exhausted(self, state: ServerState) -> bool:
