@@ -42,8 +42,8 @@ def check(trainer: Trainer, privacy: Privacy) -> None:
     """
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trainer.model.modules()):
         raise ConfigError(
-            f"privacy={privacy.name} needs a model without batch normalisation, whose statistics mix "
-            "examples and have no noise; choose another model, or group normalisation in yours"
+            f"privacy={privacy.name} needs a model without batch normalisation, whose statistics "
+            "mix examples and have no noise; choose another model, or group normalisation in yours"
         )
     if privacy.unit != "example":
         return

@@ -117,6 +117,13 @@ def test_the_theorem_of_skellam_holds_against_exact_divergences() -> None:
             assert divergence <= bound <= 1.1 * divergence
 
 
+def test_discrete_gaussians_that_do_not_add_up_are_refused() -> None:
+    about = Round(number=1, seed=0, cohort=5000, size=100_000)
+    with pytest.raises(ConfigError, match="not add up to one"):
+        build("privacy", "discrete_gaussian", noise_multiplier=0.05).encoder(about)
+    build("privacy", "skellam", noise_multiplier=0.05).encoder(about)
+
+
 @pytest.mark.parametrize("name", ["discrete_gaussian", "skellam", "poisson_binomial"])
 def test_dropouts_are_paid_for(name: str) -> None:
     privacy = build("privacy", name, noise_multiplier=1.0)
