@@ -255,7 +255,9 @@ def test_a_client_of_few_examples_pays_more_and_is_what_is_stated() -> None:
     state = privacy.after(privacy.initial(), both, about, privacy.entropy(about))
     _, (small, large) = state.ledger.of([0, 1])
     assert privacy.epsilon_of(small) > privacy.epsilon_of(large)
-    assert privacy.report(state)["epsilon"] == pytest.approx(privacy.epsilon_of(small))
+    said = privacy.statement(state, 2)
+    assert said["epsilon"] == pytest.approx(privacy.epsilon_of(small))
+    assert said["epsilon_by_client"]["1"] == pytest.approx(privacy.epsilon_of(large))
 
 
 def test_an_example_budget_is_foreseen() -> None:

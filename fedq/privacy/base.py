@@ -350,7 +350,7 @@ class ClientLevel(Mechanism):
     unit: ClassVar[str | None] = "client"
     uniform: ClassVar[bool] = True
     relation: ClassVar[str] = (
-        "zero-out: one client's updates are replaced by zero in every round that asks it"
+        "zero-out: one client's term in the sum is replaced by zero in every round that asks it"
     )
     assumptions: ClassVar[tuple[str, ...]] = (
         "who is asked in which round is known to the adversary: no amplification by sampling is"

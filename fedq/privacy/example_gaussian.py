@@ -33,7 +33,8 @@ class ExampleGaussian(Mechanism):
     own secret, so amplification by Poisson sampling holds. What is sent follows from what was
     trained, so codec, server and other clients may do with it as they like.
 
-    Clients have different n, and with it different epsilons; the largest is stated.
+    Clients have different n, and with it different epsilons; the summary has each one's, and states
+    the largest.
 
     Example:
       >>> from fedq.registry import build
@@ -56,7 +57,6 @@ class ExampleGaussian(Mechanism):
     accountant: ClassVar[str] = "RDP of the Poisson-sampled Gaussian"
     assumptions: ClassVar[tuple[str, ...]] = (
         "a client's number of examples is public, and is what it says",
-        "a client may know its own epsilon; the largest one is stated",
     )
 
     def __post_init__(self) -> None:
@@ -130,6 +130,13 @@ class ExampleGaussian(Mechanism):
         releases, spent = state.ledger.of(clients)
         ahead = spent * (1 + 1 / np.maximum(releases, 1))[:, None]
         return self.epsilon_of(ahead.max(axis=0)) > self.epsilon
+
+    def statement(self, state: PrivacyState | None, clients: int) -> dict[str, Any]:
+        """Return the guarantee, and each client's own epsilon."""
+        assert state is not None
+        numbers, rdp = state.ledger.clients.tolist(), state.ledger.rdp
+        own = {str(n): self.epsilon_of(row) for n, row in zip(numbers, rdp, strict=True)}
+        return {**super().statement(state, clients), "epsilon_by_client": own}
 
 
 @lru_cache(maxsize=4096)
