@@ -167,15 +167,9 @@ class Task:
     @property
     def about(self) -> Round:
         """What a privacy mechanism has to know of the round."""
-        training = TrainingConfig.from_config(self.metadata.get("training", {}))
-        return Round(
-            self.round,
-            int(self.metadata["seed"]),
-            registry.convert(self.metadata.get("cohort", 1), int, "cohort"),
-            self.layout.size,
-            training.batch_size,
-            training.local_epochs,
-        )
+        cohort = registry.convert(self.metadata.get("cohort", 1), int, "cohort")
+        seed = int(self.metadata["seed"])
+        return self.privacy.about(self.round, seed, cohort, self.layout.size, self.metadata)
 
     def reply(
         self,
@@ -379,14 +373,17 @@ class Client:
         if isinstance(result, Message):
             return result
         task, trained = result
-        return task.reply(
-            trained.delta,
-            examples=trained.examples,
-            client=self.site.identity(context),
-            loss=trained.loss,
-            state=trained.state,
-            store=self.site.store(context),
-        )
+        try:
+            return task.reply(
+                trained.delta,
+                examples=trained.examples,
+                client=self.site.identity(context),
+                loss=trained.loss,
+                state=trained.state,
+                store=self.site.store(context),
+            )
+        except ConfigError as error:
+            return task.drop(str(error))
 
     def _train(
         self, message: Message, context: Context, blob: bytes

@@ -66,7 +66,7 @@ def inline(function: Any) -> Any:
 
 
 def warm_up() -> None:
-    """Compile the kernels of all codecs and of the mean, and keep them where there is a place.
+    """Compile all kernels (codecs, mean, private noise) and keep them where there is a place.
 
     It takes a minute or two after an installation, and a few seconds from then on. A process that
     finds the kernels on disk starts at once.
@@ -75,6 +75,8 @@ def warm_up() -> None:
 
     from fedq.aggregators.mean import MeanStream
     from fedq.layout import Layout
+    from fedq.privacy._entropy import Entropy
+    from fedq.privacy._samplers import discrete_gaussian, gaussian_table
     from fedq.registry import build, table
 
     matrix = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -86,3 +88,5 @@ def warm_up() -> None:
             stream.add(built.decode(built.encode(x, layout), layout), 1)
     stream.merge(stream)
     stream.result()
+    gaussian_table(1.0).sample(1, Entropy())
+    discrete_gaussian(1, 1, Entropy())

@@ -21,7 +21,7 @@ from fedq.errors import ConfigError
 from fedq.layout import Vector
 from fedq.privacy._entropy import Entropy
 from fedq.privacy._samplers import MAX_TABLE_SIGMA
-from fedq.privacy.base import Round
+from fedq.privacy.base import Privacy, Round
 from fedq.privacy.example_gaussian import ExampleGaussian
 from fedq.privacy.gaussian import GRID, noisy_sum
 from fedq.training import Diverged, Trained, Trainer, _batches, _Sgd
@@ -33,17 +33,20 @@ GRADIENT_VALUES = 1 << 22
 TOLERANCE = 0.02
 
 
-def check(trainer: Trainer) -> None:
-    """Refuse a model that mixes examples or learns outside of the gradient.
+def check(trainer: Trainer, privacy: Privacy) -> None:
+    """Refuse a model that a mechanism cannot protect, or leaves useless.
 
     Raises:
-      ConfigError: For batch normalisation, running ranges and layers Opacus has no hooks for.
+      ConfigError: For batch normalisation, whose statistics have no noise and are not sent; for
+        example-level privacy also for running ranges and layers Opacus has no hooks for.
     """
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trainer.model.modules()):
         raise ConfigError(
-            "privacy=example_gaussian needs a model without batch normalisation, which mixes the "
-            "examples of a batch; choose another model, or group normalisation in yours"
+            f"privacy={privacy.name} needs a model without batch normalisation, whose statistics "
+            "mix examples and have no noise; choose another model, or group normalisation in yours"
         )
+    if privacy.unit != "example":
+        return
     if trainer.state_layout.size:
         raise ConfigError(
             f"privacy=example_gaussian has no noise for {', '.join(trainer.state_layout.names[:2])}"
@@ -89,7 +92,7 @@ def train_privately(
       ConfigError: If the model cannot be trained so.
       Diverged: If the weights are not finite.
     """
-    check(trainer)
+    check(trainer, privacy)
     start = trainer.weights()
     weights, gradient = torch.from_numpy(start.copy()), torch.zeros(start.size)
     step = _Sgd(config, weights, gradient)
@@ -106,7 +109,7 @@ def train_privately(
                 total,
                 privacy.clip,
                 privacy.sigma,
-                len(chosen),
+                0,  # in float64, nothing is rounded that counts
                 entropy,
                 MAX_TABLE_SIGMA if coarse else GRID,
             )

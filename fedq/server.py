@@ -99,8 +99,8 @@ class _Server:
         self.trainer: Trainer = trainer_for(
             model, quantization, shape, classes, seed=derive(experiment.seed, "model")
         )
-        if experiment.privacy.unit == "example":
-            private_training.check(self.trainer)
+        if experiment.privacy.unit is not None:
+            private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.root = _root(dataset, experiment.aggregator.trusted_examples, experiment.seed)
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
@@ -153,6 +153,8 @@ class _Server:
                 "the privacy budget does not allow a single round; raise privacy.epsilon, or leave "
                 "out privacy.noise_multiplier so that the noise follows from the budget"
             )
+        for caveat in self.strategy.statement(state).get("privacy", {}).get("caveats", ()):
+            LOG.warning("privacy: %s", caveat)
         self.directory.truncate_rounds(after=-1)
         self._write(state, RoundReport(0), self._judge(state))
         return state
@@ -161,7 +163,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients", "guard", "privacy"],
+            meta=["layout", "failures", "held", "strangers", "clients", "guard"],
         )
         layout, state_layout = self.trainer.layout, self.trainer.state_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -196,7 +198,7 @@ class _Server:
             ),
             {int(node): client for node, client in saved.meta["clients"].items()},
             GuardState.from_meta(saved.meta["guard"]),
-            PrivacyState.load(saved.tensors, saved.meta["privacy"]),
+            PrivacyState.load(saved.tensors, saved.meta.get("privacy")),
         )
 
     def exhausted(self, state: ServerState) -> bool:

@@ -38,7 +38,6 @@ from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
-from fedq.training_config import TrainingConfig
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -263,7 +262,7 @@ class FedQ(Strategy):
         report.sampled, report.quarantined = len(nodes), len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
-        asked = privacy.request(len(nodes))
+        asked = privacy.request(about)
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
@@ -307,15 +306,7 @@ class FedQ(Strategy):
         )
 
     def _about(self, server_round: int, sampled: int) -> Round:
-        training = TrainingConfig(**self.task.get("training", {}))
-        return Round(
-            server_round,
-            self.seed,
-            sampled,
-            self.layout.size,
-            training.batch_size,
-            training.local_epochs,
-        )
+        return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
     def _claims(self, before: ServerState) -> _Claims:
         """Return who is which client; a node that left frees its number."""

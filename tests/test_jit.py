@@ -81,6 +81,7 @@ import numpy as np
 import fedq.jit
 from fedq import DecodeError, random
 from fedq.codecs import _bits, _range, _rans, _uniform
+from fedq.privacy import _entropy, _samplers
 
 digest = hashlib.sha256()
 word = random.words(1, 1500).astype(np.int64)
@@ -109,6 +110,10 @@ for words in (None, random.words(2, 1500)):
     codes = _uniform.quantize(x, words, sizes, offset, step, 100, 200)
     y = _uniform.dequantize(codes * 2 % 201, words, sizes, offset, step, 100, 200)
     digest.update(codes.tobytes() + y.tobytes())
+for sigma in (1, 7, 1 << 22):
+    digest.update(_samplers.discrete_gaussian(sigma, 50, _entropy.Entropy(3)).tobytes())
+for table in (_samplers.gaussian_table(0.5), _samplers.skellam_table(7.0)):
+    digest.update(table.sample(500, _entropy.Entropy(4)).tobytes())
 print(fedq.jit.COMPILED, digest.hexdigest())
 """
 

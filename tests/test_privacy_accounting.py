@@ -117,6 +117,13 @@ def test_the_theorem_of_skellam_holds_against_exact_divergences() -> None:
             assert divergence <= bound <= 1.1 * divergence
 
 
+def test_discrete_gaussians_that_do_not_add_up_are_refused() -> None:
+    about = Round(number=1, seed=0, cohort=5000, size=100_000)
+    with pytest.raises(ConfigError, match="not add up to one"):
+        build("privacy", "discrete_gaussian", noise_multiplier=0.05).encoder(about)
+    build("privacy", "skellam", noise_multiplier=0.05).encoder(about)
+
+
 @pytest.mark.parametrize("name", ["discrete_gaussian", "skellam", "poisson_binomial"])
 def test_dropouts_are_paid_for(name: str) -> None:
     privacy = build("privacy", name, noise_multiplier=1.0)
@@ -248,7 +255,9 @@ def test_a_client_of_few_examples_pays_more_and_is_what_is_stated() -> None:
     state = privacy.after(privacy.initial(), both, about, privacy.entropy(about))
     _, (small, large) = state.ledger.of([0, 1])
     assert privacy.epsilon_of(small) > privacy.epsilon_of(large)
-    assert privacy.report(state)["epsilon"] == pytest.approx(privacy.epsilon_of(small))
+    said = privacy.statement(state, 2)
+    assert said["epsilon"] == pytest.approx(privacy.epsilon_of(small))
+    assert said["epsilon_by_client"]["1"] == pytest.approx(privacy.epsilon_of(large))
 
 
 def test_an_example_budget_is_foreseen() -> None:

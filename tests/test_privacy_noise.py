@@ -1,7 +1,7 @@
 """Noise is what it claims to be, and no update moves a sum by more than the bound.
 
-Statistical tests compare with exact probabilities; each fails by chance with a probability of one in
-ten thousand, and seeds are fixed.
+Statistical tests compare with exact probabilities; each fails by chance with a probability of one
+in ten thousand, and seeds are fixed.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def test_neighbours_of_a_last_layer_do_not_share_a_piece() -> None:
 @pytest.mark.parametrize("name", ["discrete_gaussian", "skellam"])
 def test_too_few_bits_say_how_many_are_needed(name: str) -> None:
     about = Round(number=1, seed=0, cohort=100, size=100_000)
-    with pytest.raises(ConfigError, match="take at least 1[0-9]") as error:
+    with pytest.raises(ConfigError, match=r"take at least 1[0-9]") as error:
         build("privacy", name, noise_multiplier=1.0, bits=6).encoder(about)
     least = int(str(error.value).split("take at least ")[1].split(",")[0])
     build("privacy", name, noise_multiplier=1.0, bits=least).encoder(about)

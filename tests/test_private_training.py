@@ -122,10 +122,17 @@ def test_what_mixes_examples_or_learns_without_noise_is_refused(
 ) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ConfigError, match=says or "no noise for"):
-        check(Trainer(model))
+        check(Trainer(model), mechanism())
+
+
+def test_client_level_mechanisms_refuse_batch_normalisation_alone() -> None:
+    privacy = build("privacy", "gaussian", noise_multiplier=1.0)
+    check(Trainer(build("quantization", "uniform").prepare(network())), privacy)
+    with pytest.raises(ConfigError, match="privacy=gaussian needs a model without batch"):
+        check(Trainer(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 3))), privacy)
 
 
 def test_quantized_training_is_refused_by_name() -> None:
     quantized = build("quantization", "uniform").prepare(network())
     with pytest.raises(ConfigError, match="quantization=none"):
-        check(Trainer(quantized))
+        check(Trainer(quantized), mechanism())

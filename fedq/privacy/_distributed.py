@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
@@ -232,6 +232,11 @@ class Distributed(ClientLevel):
     @abc.abstractmethod
     def encoder(self, about: Round) -> Encoder:
         """Return the round's encoder; the noise is sized for the whole cohort."""
+
+    def request(self, about: Round) -> Mapping[str, Any]:
+        """Return the round's mechanism, once it is known that codes can carry it."""
+        encoder_of(self, about)
+        return super().request(about)
 
     def protect(self, delta: Vector, about: Round, entropy: Entropy) -> Protected:
         """Return the update's noisy codes, packed."""

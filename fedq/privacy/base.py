@@ -39,8 +39,8 @@ class Round:
       seed: The run's.
       cohort: Clients that were asked.
       size: Coordinates of an update, d.
-      batch_size: Examples per local step.
-      epochs: Of local training.
+      batch_size: Examples per local step, where the mechanism depends on it.
+      epochs: Of local training, likewise.
     """
 
     number: int
@@ -145,7 +145,13 @@ class Privacy:
         """Return the mechanism as it stands in the next round."""
         return self
 
-    def request(self, cohort: int) -> Mapping[str, Any]:
+    def about(
+        self, number: int, seed: int, cohort: int, size: int, task: Mapping[str, Any]
+    ) -> Round:
+        """Return what both ends know of a round; ``task`` is what else a request says."""
+        return Round(number, seed, cohort, size)
+
+    def request(self, about: Round) -> Mapping[str, Any]:
         """Return what a request says of privacy, JSON-ready."""
         return {}
 
@@ -288,9 +294,9 @@ class Mechanism(Privacy):
         multiplier = state.noise_multiplier if math.isfinite(state.noise_multiplier) else None
         return dataclasses.replace(self, clip=state.clip, noise_multiplier=multiplier)
 
-    def request(self, cohort: int) -> Mapping[str, Any]:
+    def request(self, about: Round) -> Mapping[str, Any]:
         """Return the round's mechanism, and among how many the noise may be shared."""
-        return {"privacy": registry.to_config(self), "cohort": cohort}
+        return {"privacy": registry.to_config(self), "cohort": about.cohort}
 
     @property
     def sigma(self) -> float:
@@ -346,7 +352,7 @@ class ClientLevel(Mechanism):
     unit: ClassVar[str | None] = "client"
     uniform: ClassVar[bool] = True
     relation: ClassVar[str] = (
-        "zero-out: one client's updates are replaced by zero in every round that asks it"
+        "zero-out: one client's term in the sum is replaced by zero in every round that asks it"
     )
     assumptions: ClassVar[tuple[str, ...]] = (
         "who is asked in which round is known to the adversary: no amplification by sampling is"
@@ -364,11 +370,11 @@ class ClientLevel(Mechanism):
         if experiment.clients_per_round == 1 and isinstance(experiment.clients_per_round, int):
             raise ConfigError(_ONE)
 
-    def request(self, cohort: int) -> Mapping[str, Any]:
+    def request(self, about: Round) -> Mapping[str, Any]:
         """Return the round's mechanism, and among how many the noise may be shared."""
-        if cohort < 2:
+        if about.cohort < 2:
             raise ConfigError(_ONE)
-        return super().request(cohort)
+        return super().request(about)
 
     @abc.abstractmethod
     def rdp(self, replies: int, about: Round) -> Rdp:

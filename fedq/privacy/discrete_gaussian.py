@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedq.errors import ConfigError
 from fedq.privacy._distributed import Additive, NoisyCodes
 from fedq.privacy._ledger import ORDERS, Rdp
 from fedq.privacy._samplers import Table, gaussian_table
+from fedq.privacy.base import Round
 from fedq.registry import register
 
 
@@ -46,12 +48,22 @@ class DiscreteGaussian(Additive):
         {"noise_multiplier": 0.5, "bits": 12, "clip": 0.1, "seeded": True},
     )
 
+    def encoder(self, about: Round) -> NoisyCodes:
+        """Return the round's encoder; the proposition wants half a step of noise per client."""
+        codes = super().encoder(about)
+        if codes.variance < 0.25:
+            raise ConfigError(
+                f"{math.sqrt(codes.variance):.2g} steps of discrete Gaussian noise per client do "
+                "not add up to one; raise privacy.bits, or choose privacy=skellam, which does"
+            )
+        return codes
+
     def noise(self, variance: float) -> Table:
         """Return a client's noise."""
         return gaussian_table(math.sqrt(variance))
 
     def additive_rdp(self, codes: NoisyCodes, variance: float, replies: int) -> Rdp:
-        """Return the RDP of a sum, from the theorem."""
+        """Return the RDP of a sum, from the proposition."""
         k = np.arange(1, replies)
         tau = 10 * float(np.exp(-2 * math.pi**2 * variance * k / (k + 1)).sum())
         ratio = codes.l2 / math.sqrt(replies * variance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from fedq.privacy._entropy import Entropy
 from fedq.privacy._ledger import ORDERS, Rdp, dp_accounting
 from fedq.privacy.base import Contribution, Mechanism, PrivacyState, Round
 from fedq.registry import register
+from fedq.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from fedq.experiment import Experiment
@@ -32,7 +33,8 @@ class ExampleGaussian(Mechanism):
     own secret, so amplification by Poisson sampling holds. What is sent follows from what was
     trained, so codec, server and other clients may do with it as they like.
 
-    Clients have different n, and with it different epsilons; the largest is stated.
+    Clients have different n, and with it different epsilons; the summary has each one's, and states
+    the largest.
 
     Example:
       >>> from fedq.registry import build
@@ -49,11 +51,12 @@ class ExampleGaussian(Mechanism):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"noise_multiplier": 1.0},)
     unit: ClassVar[str | None] = "example"
     relation: ClassVar[str] = "add or remove one training example of one client"
-    against: ClassVar[str] = "everybody but the client itself, the server included"
+    against: ClassVar[str] = (
+        "everybody but the client itself; the server, too, as long as it asks for the stated noise"
+    )
     accountant: ClassVar[str] = "RDP of the Poisson-sampled Gaussian"
     assumptions: ClassVar[tuple[str, ...]] = (
         "a client's number of examples is public, and is what it says",
-        "a client may know its own epsilon; the largest one is stated",
     )
 
     def __post_init__(self) -> None:
@@ -72,6 +75,13 @@ class ExampleGaussian(Mechanism):
                 f"{experiment.quantization.name} learns ranges beside it without noise; choose "
                 "quantization=none, and quantize the trained model"
             )
+
+    def about(
+        self, number: int, seed: int, cohort: int, size: int, task: Mapping[str, Any]
+    ) -> Round:
+        """Return what both ends know of a round, with how clients train."""
+        training = TrainingConfig.from_config(task.get("training", {}))
+        return Round(number, seed, cohort, size, training.batch_size, training.local_epochs)
 
     def sampling(self, examples: int, about: Round) -> tuple[float, int]:
         """Return the probability of an example in a step, and the steps of a round."""
@@ -120,6 +130,13 @@ class ExampleGaussian(Mechanism):
         releases, spent = state.ledger.of(clients)
         ahead = spent * (1 + 1 / np.maximum(releases, 1))[:, None]
         return self.epsilon_of(ahead.max(axis=0)) > self.epsilon
+
+    def statement(self, state: PrivacyState | None, clients: int) -> dict[str, Any]:
+        """Return the guarantee, and each client's own epsilon."""
+        assert state is not None
+        numbers, rdp = state.ledger.clients.tolist(), state.ledger.rdp
+        own = {str(n): self.epsilon_of(row) for n, row in zip(numbers, rdp, strict=True)}
+        return {**super().statement(state, clients), "epsilon_by_client": own}
 
 
 @lru_cache(maxsize=4096)

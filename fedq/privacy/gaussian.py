@@ -98,7 +98,8 @@ def noisy_sum(
     differ by, the bound is the most part; the float32 arithmetic they come from and the grid add
     ``replies bound 2**-23 + g sqrt(d)``, with g the grid's step. The noise is ``sigma`` times all
     of it. At this many steps the discrete Gaussian's privacy is the Gaussian's: exactly so in RDP,
-    and in epsilon to within what the privacy loss moves from one step to the next.
+    and in epsilon to within what the privacy loss moves when each coordinate moves by a step,
+    ``sqrt(d) / (sigma grid)`` at most.
 
     Args:
       total: The sum.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -83,9 +83,15 @@ def to_csv(runs: Sequence[Run]) -> str:
 
 
 def note(runs: Sequence[Run]) -> str:
-    """Return what the table's ratio is against, and the bytes at equal accuracy."""
+    """Return what the table's ratio is against, the bytes at equal accuracy, and guarantees."""
+    guarantees = [
+        f"{label}: {privacy(run.summary['privacy'])}"
+        for run, label in zip(runs, labels(runs), strict=True)
+        if "privacy" in run.summary
+    ]
     if not any(reference_for(run, runs) for run in runs):
-        return "No float run among these: bytes are compared with the same messages as float32."
+        plain = "No float run among these: bytes are compared with the same messages as float32."
+        return "\n".join([plain, *guarantees])
     lines = []
     for run, label in zip(runs, labels(runs), strict=True):
         reference = reference_for(run, runs)
@@ -97,7 +103,21 @@ def note(runs: Sequence[Run]) -> str:
                 f"{label} reached {percent(equal.accuracy)} with {size(equal.run_bytes)}, "
                 f"float with {size(equal.float_bytes)}: {ratio(equal.ratio)}."
             )
-    return "\n".join(lines)
+    return "\n".join(lines + guarantees)
+
+
+def privacy(said: Mapping[str, Any]) -> str:
+    """Return a summary's statement of privacy in one line.
+
+    >>> said = {"epsilon": 2.5, "delta": 1e-5, "unit": "client", "mechanism": "gaussian"}
+    >>> privacy({**said, "against": "the public", "caveats": ["seeded"]})
+    'epsilon 2.5 at delta 1e-05 per client (gaussian), against the public; seeded.'
+    """
+    stated = (
+        f"epsilon {said['epsilon']:.3g} at delta {said['delta']:.3g} per {said['unit']} "
+        f"({said['mechanism']}), against {said['against']}"
+    )
+    return "; ".join([stated, *said["caveats"]]) + "."
 
 
 def size(count: float) -> str:
