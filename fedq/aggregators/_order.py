@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedq.jit import COMPILED, jit
 from fedq.layout import Vector
 
-_TILE = 3 << 12  # float32 values that stay in the first-level cache
+_TILE = 1 << 14  # float32 values that stay in a core's own caches
 _LANES = 64  # of a few vector registers: what is not a multiple goes one by one
 
 

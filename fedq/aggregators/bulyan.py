@@ -30,7 +30,7 @@ class Bulyan(Selecting):
     Example:
       >>> updates = np.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [9e9]], np.float32)
       >>> Bulyan(f=1)(updates, np.ones(7))
-      array([3.], dtype=float32)
+      array([4.], dtype=float32)
 
     Reference:
       El Mhamdi et al. 2018, "The hidden vulnerability of distributed learning in Byzantium",
