@@ -66,7 +66,7 @@ def inline(function: Any) -> Any:
 
 
 def warm_up() -> None:
-    """Compile the kernels of all codecs and of the mean, and keep them where there is a place.
+    """Compile the kernels of codecs and aggregators, and keep them where there is a place.
 
     It takes a minute or two after an installation, and a few seconds from then on. A process that
     finds the kernels on disk starts at once.
@@ -86,3 +86,6 @@ def warm_up() -> None:
             stream.add(built.decode(built.encode(x, layout), layout), 1)
     stream.merge(stream)
     stream.result()
+    updates = np.tile(x, (8, 1))
+    for name in table("aggregator"):
+        build("aggregator", name)(updates, np.ones(8), x)

@@ -48,7 +48,7 @@ class Target:
         layout = fuzz.LAYOUTS[0]
 
         def answer(message: Message, partition: int) -> Message:
-            delta = fuzz.vector(layout, "x") / np.float32(64)
+            delta = fuzz.vector(layout, "x")
             if codec.outermost:  # the residual is the client's own affair
                 task = Task.open(message, layout, STATE)
                 seed = codec.client_seed(fuzz.random.round_seed(0, 1), 0)
@@ -62,7 +62,9 @@ class Target:
 
         grid = InlineGrid(answer, 1)
         strategy = FedQ(layout=layout, state_layout=STATE, codec=codec)
-        current = strategy._begin(grid, strategy.initial(fuzz.vector(layout, "x")))
+        # The guard's yardstick; a low rate on few coordinates decodes to much noise.
+        weights = fuzz.vector(layout, "x") * np.float32(4096)
+        current = strategy._begin(grid, strategy.initial(weights))
         (reply,) = grid.send_and_receive(current.messages)
         target = cls(strategy, current, current.messages[0], wire.unseal(_blob(reply)))
         assert target.accepts(_blob(reply)), codec
