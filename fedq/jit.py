@@ -66,7 +66,7 @@ def inline(function: Any) -> Any:
 
 
 def warm_up() -> None:
-    """Compile all kernels (codecs, mean, private noise) and keep them where there is a place.
+    """Compile all kernels (codecs, aggregators, private noise) and keep them where there is a place.
 
     It takes a minute or two after an installation, and a few seconds from then on. A process that
     finds the kernels on disk starts at once.
@@ -90,3 +90,6 @@ def warm_up() -> None:
     stream.result()
     gaussian_table(1.0).sample(1, Entropy())
     discrete_gaussian(1, 1, Entropy())
+    updates = np.tile(x, (8, 1))
+    for name in table("aggregator"):
+        build("aggregator", name)(updates, np.ones(8), x)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedq.registry import table
+from fedq.registry import build, table
 from tests import fuzz
+from tests.fuzz import messages
 
 FOLDERS = sorted(path for path in fuzz.CORPUS.iterdir() if path.is_dir())
 MUTATIONS = 25
@@ -84,3 +85,20 @@ def test_checks_can_fail(monkeypatch):
     monkeypatch.setattr(fuzz.codecs, "decode", broken)
     with pytest.raises(AssertionError):
         fuzz.check(b"\0")
+
+
+@pytest.mark.parametrize("name", table("codec"))
+def test_a_server_refuses_hostile_replies_or_gets_a_sane_update(name):
+    rng = np.random.default_rng(len(name))
+    for options in table("codec")[name].examples[:2]:
+        server = messages.Target.of(build("codec", name, **options))
+        outcomes = [server.accepts(server.hostile(rng)) for _ in range(40)]
+        assert not all(outcomes)
+
+
+def test_hostile_replies_reach_the_decoders():
+    server = messages.Target.of(build("codec", "uniform"))
+    rng, report = np.random.default_rng(0), server.current.report
+    accepted = sum(server.accepts(server.hostile(rng)) for _ in range(300))
+    assert 10 < accepted < 290
+    assert report.received > 250

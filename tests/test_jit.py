@@ -128,7 +128,9 @@ def test_warm_up_leaves_the_kernels_on_disk(tmp_path: Path) -> None:
     """One codec's kernels, as compiling all of them takes too long for a test."""
     code = (
         "import fedq.jit, fedq.registry, fedq.codecs.uniform as u\n"
-        "fedq.registry.table = lambda group: {'uniform': u.Uniform}\n"
+        "import fedq.aggregators.median as m\n"
+        "known = {'codec': {'uniform': u.Uniform}, 'aggregator': {'median': m.Median}}\n"
+        "fedq.registry.table = known.get\n"
         "fedq.jit.warm_up()"
     )
     done = subprocess.run(
@@ -139,4 +141,9 @@ def test_warm_up_leaves_the_kernels_on_disk(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kept = {path.name.split("-")[0] for path in tmp_path.rglob("*.nbi")}
-    assert {"_uniform._quantize", "_bits._fill", "_range._coder.locals.run"} <= kept
+    assert {
+        "_uniform._quantize",
+        "_bits._fill",
+        "_range._coder.locals.run",
+        "_order._middle_mean",
+    } <= kept

@@ -120,24 +120,23 @@ class Blockwise(Aggregator):
         return None
 
     def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
-        """Reduce (k, m) mixed values of k coordinates of n updates to (k,); may write to them."""
-        if values.shape[1] != 1:
-            raise AssertionError(f"aggregator={self.name} leaves {values.shape[1]} rows")
-        return values[:, 0]
+        """Reduce (m, k) mixed values of k coordinates of n updates to (k,); must not write."""
+        if len(values) != 1:
+            raise AssertionError(f"aggregator={self.name} leaves {len(values)} rows")
+        row: Vector = values[0]
+        return row
 
     def _aggregate(self, updates: NDArray[np.float32], weights: Weights) -> Vector:
+        n, d = updates.shape
         mixing = self._mixing(Products(updates), weights)
-        d, out = updates.shape[1], np.empty(updates.shape[1], np.float32)
-        rows = len(updates) if mixing is None else len(mixing)
-        step = max(1, BLOCK_VALUES // rows)
+        if mixing is None:
+            return self._reduce(updates, n)
+        out = np.empty(d, np.float32)
+        step = max(1, BLOCK_VALUES // len(mixing))
         for start in range(0, d, step):
-            columns = slice(start, min(start + step, d))
-            if mixing is None:
-                values = np.array(updates[:, columns].T, order="C", copy=True)
-            else:
-                values = np.empty((columns.stop - start, rows), np.float32)
-                mix(updates, steady(mixing), start, values)
-            out[columns] = self._reduce(values, len(updates))
+            values = np.empty((len(mixing), min(step, d - start)), np.float32)
+            mix(updates, steady(mixing), start, values)
+            out[start : start + step] = self._reduce(values, n)
         return out
 
 
@@ -211,16 +210,17 @@ def steady(coefficients: Matrix) -> Matrix:
 
 def combine(updates: NDArray[np.float32], coefficients: NDArray[np.float64]) -> Vector:
     """Return ``coefficients @ updates``, (d,) float32, summed in float64 in the order of rows."""
-    out = np.empty((updates.shape[1], 1), np.float32)
+    out = np.empty((1, updates.shape[1]), np.float32)
     mix(updates, steady(coefficients[None]), 0, out)
-    return out[:, 0]
+    row: Vector = out[0]
+    return row
 
 
 @jit
 def mix(updates: NDArray[np.float32], mixing: Matrix, start: int, out: NDArray[np.float32]) -> None:
-    """Write columns ``start, start + 1, ...`` of ``mixing @ updates`` to ``out``, transposed."""
+    """Write columns ``start, start + 1, ...`` of ``mixing @ updates`` to ``out``, (m, k)."""
     # Loops, not BLAS: the order of additions, hence the result, is the same on every machine.
-    count, rows = out.shape
+    rows, count = out.shape
     n = mixing.shape[1]
     width = max(1, min(count, _TILE // n))
     tile, sums = np.empty((n, width), np.float64), np.empty(width, np.float64)
@@ -247,4 +247,4 @@ def mix(updates: NDArray[np.float32], mixing: Matrix, start: int, out: NDArray[n
                 for j in range(size):
                     sums[j] += wa * tile[a, j]
             for j in range(size):
-                out[first + j, r] = sums[j]
+                out[r, first + j] = sums[j]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedq.aggregators._order import mean_near_median
 from fedq.aggregators.base import Weights
 from fedq.aggregators.blockwise import Products, Selecting
 from fedq.aggregators.krum import ranked
-from fedq.jit import jit
 from fedq.layout import Vector
 from fedq.registry import register
 
@@ -30,7 +30,7 @@ class Bulyan(Selecting):
     Example:
       >>> updates = np.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [9e9]], np.float32)
       >>> Bulyan(f=1)(updates, np.ones(7))
-      array([3.], dtype=float32)
+      array([4.], dtype=float32)
 
     Reference:
       El Mhamdi et al. 2018, "The hidden vulnerability of distributed learning in Byzantium",
@@ -52,26 +52,4 @@ class Bulyan(Selecting):
         return np.asarray(np.eye(n)[np.sort(chosen)])
 
     def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
-        values.sort(axis=1)
-        out = np.empty(len(values), np.float32)
-        _mean_near_median(values, n - 4 * self._hostile(n), out)
-        return out
-
-
-@jit
-def _mean_near_median(values: NDArray[np.float32], count: int, out: NDArray[np.float32]) -> None:
-    """Average the ``count`` values nearest to the median of each sorted row."""
-    m = values.shape[1]
-    for j in range(values.shape[0]):
-        row = values[j]
-        median = (np.float64(row[(m - 1) // 2]) + np.float64(row[m // 2])) / 2
-        low, high = 0, m
-        while high - low > count:  # the nearest ones are neighbours: drop the farther end
-            if median - row[low] > row[high - 1] - median:
-                low += 1
-            else:
-                high -= 1
-        total = 0.0
-        for i in range(low, high):
-            total += row[i]
-        out[j] = total / count
+        return mean_near_median(values, n - 4 * self._hostile(n))

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedq.aggregators._order import middle_mean
 from fedq.aggregators.blockwise import Blockwise
 from fedq.layout import Vector
 from fedq.registry import register
@@ -34,6 +35,4 @@ class Median(Blockwise):
         return (n - 1) // 2
 
     def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
-        values.sort(axis=1)
-        middle = values[:, (n - 1) // 2 : n // 2 + 1].mean(axis=1, dtype=np.float64)
-        return np.asarray(middle, np.float32)
+        return middle_mean(values, (n - 1) // 2, n // 2 + 1)

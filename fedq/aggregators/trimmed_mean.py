@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedq.aggregators._order import middle_mean
 from fedq.aggregators.blockwise import Blockwise
 from fedq.errors import ConfigError
 from fedq.layout import Vector
@@ -53,6 +54,4 @@ class TrimmedMean(Blockwise):
 
     def _reduce(self, values: NDArray[np.float32], n: int) -> Vector:
         k = self.breakdown(n)
-        values.sort(axis=1)
-        middle = values[:, k : n - k].mean(axis=1, dtype=np.float64)
-        return np.asarray(middle, np.float32)
+        return middle_mean(values, k, n - k)
