@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import yaml
 
 import fedq
 from fedq.errors import ConfigError, FedqError
 from fedq.fleet import bench, doctor, health, link, remote, units, wheelhouse
 from fedq.fleet.cli import _node_options
-from fedq.fleet.files import Device, Fleet
+from fedq.fleet.files import DEFAULT_PORT, Device, Fleet
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,6 +72,12 @@ def test_the_units_of_the_repository_are_the_ones_that_are_made(file: str, made:
 def test_a_path_cannot_add_to_a_unit(path: str) -> None:
     with pytest.raises(ConfigError, match="unit file"):
         units.node(Path(path), "/usr/bin/fedq")
+
+
+def test_the_compose_file_publishes_the_devices_port_alone() -> None:
+    service = yaml.safe_load((REPOSITORY / "server" / "compose.yaml").read_text())["services"]
+    assert service["fleet"]["ports"] == [f"{DEFAULT_PORT}:{DEFAULT_PORT}"]
+    assert (REPOSITORY / "server" / service["fleet"]["build"]["context"]).resolve() == REPOSITORY
 
 
 # --- installation --------------------------------------------------------------------------------
