@@ -139,7 +139,8 @@ def _site(context: Context) -> Site:
         return DeviceSite(registry.build("data", str(node["data"]), **options), own)
     if "num-partitions" not in node:
         raise ConfigError(
-            'this node has no data; start it with --node-config \'data="npz" data-path="FILE"\''
+            'this node has no data; start it with --node-config \'data="npz" data-path="FILE"\', '
+            "or join with --node data=npz --node data-path=FILE"
         )
     experiment = experiment_of(context).replace(clients=int(node["num-partitions"]))
     parts = simulation.partition(experiment, load(experiment.data))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from fedq.experiment import Experiment
-from fedq.server import Observer
+if TYPE_CHECKING:  # the server brings torch
+    from fedq.experiment import Experiment
+    from fedq.server import Observer
 
 LOG = logging.getLogger("fedq")
 

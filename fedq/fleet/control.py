@@ -39,7 +39,7 @@ def connected(fleet: Fleet) -> Iterator[ControlHttpClient]:
     client = ControlHttpClient.from_server_address(
         fleet.control_address,
         False,
-        str(fleet.path("ca.crt")),
+        fleet.path("ca.crt").read_bytes(),
         [flower.RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     try:

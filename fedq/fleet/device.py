@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -103,7 +104,7 @@ class _Node:
         self.link = Link(self.device, self.stopped)
         self.trainer = Trainer(self.device.idle_s)
         self.inflight = self.device.state / "message"
-        self.moved = self.worked = time.monotonic()
+        self.moved, self.worked = time.monotonic(), -math.inf
         self.soon = threading.Event()
         self.runs: dict[int, dict[str, Any]] = {}
         self.node = flower.Node()

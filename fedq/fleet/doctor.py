@@ -166,7 +166,12 @@ def listening(
 def _devices(fleet: Fleet) -> Iterator[Check]:
     if fleet.pid() is None:
         return
-    for device in status.collect(fleet)["devices"]:
+    try:
+        devices = status.collect(fleet)["devices"]
+    except FedqError as error:
+        yield _explained("devices", error)
+        return
+    for device in devices:
         yield _device(device)
 
 

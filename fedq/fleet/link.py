@@ -173,9 +173,7 @@ class Link(flower.FleetHttpClient):
             reason = text.rpartition("certificate verify failed: ")[2].partition(" (_ssl")[0]
             return RefusedError(f"{certificate_error(reason)} ({self.server}: {reason})")
         words = text or type(error).__name__
-        return FedqError(
-            f"the server at {self.server} cannot be reached ({words}); is it up, and its port open?"
-        )
+        return FedqError(f"the server at {self.server} cannot be reached ({words}); is it up?")
 
     def _unknown(self) -> str:
         return (

@@ -31,8 +31,11 @@ def serve(fleet: Fleet) -> None:
     """Serve a fleet until a signal ends it."""
     flower.require_known()
     os.umask(0o077)
+    if (pid := fleet.pid()) is not None:
+        raise FedqError(f"the fleet is up already (process {pid})")
+    # Before the lock: who holds it is the one that answers.
+    sockets = [_bind(fleet.listen, fleet.port), _bind("127.0.0.1", fleet.control_port)]
     with locked(fleet.path("superlink.lock"), "the fleet is up already"):
-        sockets = [_bind(fleet.listen, fleet.port), _bind("127.0.0.1", fleet.control_port)]
         app = flower.superlink_app(
             [
                 *("--host", "127.0.0.1", "--port", str(fleet.control_port)),
@@ -90,17 +93,28 @@ def start(fleet: Fleet) -> bool:
             stderr=file,
             start_new_session=True,
         )
+    try:
+        _wait(fleet, process)
+    except BaseException as error:
+        process.kill()
+        process.wait()
+        words = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+        if isinstance(error, FedqError) and words:
+            raise FedqError(words[-1].removeprefix("fedq: ")) from None
+        raise
+    process.returncode = 0  # it outlives this process: nothing to warn of
+    return True
+
+
+def _wait(fleet: Fleet, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            words = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-            said = words[-1].removeprefix("fedq: ") if words else f"status {process.returncode}"
-            raise FedqError(said)
-        if is_healthy(fleet):
-            return True
+            raise FedqError(f"the server ends with status {process.returncode}")
+        if fleet.pid() == process.pid and is_healthy(fleet):
+            return
         time.sleep(0.1)
-    process.kill()
-    raise FedqError(f"the server does not come up within {START_S:.0f} s; see {log}")
+    raise FedqError(f"the server does not come up within {START_S:.0f} s")
 
 
 def stop(fleet: Fleet) -> bool:

@@ -191,8 +191,10 @@ def test_what_is_seen_of_a_device() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b"[]", b"nothing", b"[" * 500, b'{"load": NaN}', b'{"load": "' + b"x" * 600 + b'"}']
-    + [b'{"fedq": "\\u001b[31m"}', b'{"memory_mb": [1]}', b'{"else": 1}'],
+    [
+        *(b"", b"[]", b"nothing", b"[" * 500, b'{"load": NaN}', b'{"load": "%s"}' % (b"x" * 600)),
+        *(b'{"fedq": "\\u001b[31m"}', b'{"memory_mb": [1]}', b'{"else": 1}'),
+    ],
 )
 def test_a_report_is_a_few_plain_values(header: bytes) -> None:
     assert report_of(header) == {}

@@ -1,0 +1,255 @@
+"""What a device does without a server: options, units, installation, profile, reports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import yaml
+
+import fedq
+from fedq.errors import ConfigError, FedqError
+from fedq.fleet import bench, doctor, health, link, remote, units, wheelhouse
+from fedq.fleet.cli import _node_options
+from fedq.fleet.files import DEFAULT_PORT, Device, Fleet
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("text", ["state-dir=/", "data", "=x", "run-key=1", "partition=1"])
+def test_what_a_device_may_not_be_told(text: str) -> None:
+    with pytest.raises(ConfigError, match="cannot use --node"):
+        _node_options([text])
+
+
+# --- units ---------------------------------------------------------------------------------------
+
+UNITS: dict[str, Callable[[Path, str], str]] = {
+    units.NODE: units.node,
+    units.SUPERLINK: units.superlink,
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_are_valid(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(UNITS[name](tmp_path, "/bin/true"))
+    keys = [line.partition("=")[0] for line in path.read_text().splitlines() if "=" in line]
+    assert {"ExecStart", "Restart", "WantedBy"} <= set(keys)
+    command = shutil.which("systemd-analyze")
+    if command is None:
+        return
+    done = subprocess.run(
+        [command, "verify", str(path)], capture_output=True, text=True, check=False
+    )
+    assert name not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "made"),
+    [
+        ("clients/fedq-node.service", units.node(Path("/var/lib/fedq"), "/opt/fedq/bin/fedq")),
+        (
+            "server/fedq-superlink.service",
+            units.superlink(Path("/var/lib/fedq-fleet"), "/opt/fedq/bin/fedq"),
+        ),
+    ],
+)
+def test_the_units_of_the_repository_are_the_ones_that_are_made(file: str, made: str) -> None:
+    assert (REPOSITORY / file).read_text() == made
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a\nExecStart=/bin/sh", "/a%h", "/a;b", '/a"b'])
+def test_a_path_cannot_add_to_a_unit(path: str) -> None:
+    with pytest.raises(ConfigError, match="unit file"):
+        units.node(Path(path), "/usr/bin/fedq")
+
+
+def test_the_compose_file_publishes_the_devices_port_alone() -> None:
+    service = yaml.safe_load((REPOSITORY / "server" / "compose.yaml").read_text())["services"]
+    assert service["fleet"]["ports"] == [f"{DEFAULT_PORT}:{DEFAULT_PORT}"]
+    assert (REPOSITORY / "server" / service["fleet"]["build"]["context"]).resolve() == REPOSITORY
+
+
+# --- installation --------------------------------------------------------------------------------
+
+
+def here(home: Path) -> remote.Transport:
+    """A device that is a folder of this machine, on which ``fedq`` is this one."""
+    bin_ = home / "bin"
+    bin_.mkdir(parents=True)
+    (bin_ / "fedq").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fedq.cli "$@"\n')
+    (bin_ / "fedq").chmod(0o755)
+    environment = {**os.environ, "HOME": str(home), "PATH": f"{bin_}:/usr/bin:/bin"}
+
+    def run(script: str, data: bytes) -> bytes:
+        done = subprocess.run(
+            ["sh", "-c", script], input=data, capture_output=True, env=environment, check=False
+        )
+        if done.returncode:
+            raise FedqError(done.stderr.decode().strip().splitlines()[-1])
+        return done.stdout
+
+    return run
+
+
+def test_a_device_is_enrolled_over_a_transport(tmp_path: Path) -> None:
+    fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1", port=1)
+    transport = here(tmp_path / "pi")
+    node = ["data=npz", "data-path=/data/own data.npz", "partition-id=3"]
+    fleet, how = remote.enroll(fleet, "pi-1", transport, node=node, service=False)
+    assert how == "none"
+    device = Device.open(tmp_path / "pi" / ".fedq" / "device")
+    assert device.name == "pi-1"
+    assert device.node == {
+        "data": "npz", "data-path": "/data/own data.npz", "partition-id": 3,
+    }  # fmt: skip
+    assert fleet.devices == ("pi-1",)
+    assert not (tmp_path / "pi" / ".fedq" / "pi-1.tar").exists()
+    with pytest.raises(FedqError, match="cannot be reached"):
+        remote.accepted(transport)
+    assert {item.name: item.status for item in doctor.check_device(device)} == {
+        "flwr": "ok", "key": "ok", "server": "fail",
+    }  # fmt: skip
+
+
+def test_installation_needs_fedqs_own_wheel(tmp_path: Path) -> None:
+    (tmp_path / "numpy-2.0-py3-none-any.whl").touch()
+    with pytest.raises(FedqError, match="no wheel of fedq"):
+        remote.install(lambda script, data: b"", tmp_path)
+    with pytest.raises(ConfigError, match="no host"):
+        remote.over_ssh("-oProxyCommand=evil")
+
+
+def test_the_wheelhouse_is_for_the_device_not_for_this_machine() -> None:
+    pins = wheelhouse.pinned("aarch64")
+    names = {pin.partition("==")[0] for pin in pins}
+    assert {"torch", "flwr", "numpy", "numba", "cryptography"} <= names
+    assert not [name for name in names if "nvidia" in name or name == "triton"]
+    assert not names & {"ray", "pytest", "ruff", "fedq"}  # extras are no device's
+    assert f"flwr=={metadata.version('flwr')}" in pins
+    assert not [pin for pin in pins if "+" in pin]
+
+
+# --- what a device says --------------------------------------------------------------------------
+
+
+def test_a_report_has_what_the_machine_has(tmp_path: Path) -> None:
+    proc, sysfs = tmp_path / "proc", tmp_path / "sys"
+    assert set(health.report(proc, sysfs)) == {"fedq", "flwr", "clock_s", "load"}
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "statm").write_text("9999 1000 1 1 0 1 0")
+    (proc / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 409600 kB\n")
+    (sysfs / "class/thermal/thermal_zone0").mkdir(parents=True)
+    (sysfs / "class/thermal/thermal_zone0/temp").write_text("61250\n")
+    (sysfs / "devices/platform/soc/soc:firmware").mkdir(parents=True)
+    (sysfs / "devices/platform/soc/soc:firmware/get_throttled").write_text("50005\n")
+    found = health.report(proc, sysfs)
+    assert found["fedq"] == fedq.__version__
+    assert found["free_mb"] == 400
+    assert found["memory_mb"] == 1000 * os.sysconf("SC_PAGE_SIZE") // 10**6
+    assert found["temperature_c"] == 61.2
+    assert found["throttled"] == 0x50005
+
+
+def test_the_service_manager_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    health.notify("READY=1")  # nobody asked
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(str(tmp_path / "notify"))
+        end.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        health.notify("READY=1")
+        assert end.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "side"), [(3600, "ahead of"), (6, "ahead of"), (-301, "behind"), (0, None)]
+)
+def test_a_clock_is_judged_by_the_servers(
+    ahead_s: float, side: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = httpx.Response(401, headers={"date": "Tue, 24 Nov 2026 12:00:00 GMT"})
+    now = 1_795_521_600.0 + ahead_s
+    monkeypatch.setattr(link, "time", SimpleNamespace(time=lambda: now))
+    found = link.clock_error(response)
+    assert (found is None) == (side is None)
+    if side:
+        assert f"{abs(ahead_s):.0f} s {side} the server's; set it" in str(found)
+    assert link.clock_error(httpx.Response(401)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "what"),
+    [
+        ({}, "ok", "online"),
+        ({"report": {"fedq": "9.9.9"}}, "warn", "upgrade pi-1"),
+        ({"report": {"ahead_s": 4.0}}, "warn", "timedatectl"),
+        ({"report": {"ahead_s": -200.0}}, "warn", "timedatectl"),
+        ({"report": {"throttled": 0x50005}}, "warn", "power supply"),
+        ({"seen_s_ago": 3600.0}, "warn", "network"),
+        ({"seen_s_ago": None}, "warn", "start it"),
+        ({"seen_s_ago": None, "refused": 3}, "fail", "its clock or its key"),
+    ],
+)
+def test_the_doctor_on_devices(change: dict[str, object], status: str, what: str) -> None:
+    device = {
+        "name": "pi-1", "status": "online", "seen_s_ago": 2.0, "refused": 0, "report": {}, **change,
+    }  # fmt: skip
+    found = doctor._device(device)
+    assert found.status == status
+    assert what in found.detail + found.remedy
+
+
+def test_the_doctor_on_files_and_certificates(tmp_path: Path) -> None:
+    fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="pi.example")
+
+    def found(fleet: Fleet = fleet) -> dict[str, str]:
+        return {item.name: item.status for item in doctor.check_fleet(fleet)}
+
+    assert found() == {
+        "flwr": "ok", "permissions": "ok", "ca certificate": "ok",
+        "server certificate": "ok", "server name": "ok", "server": "warn",
+    }  # fmt: skip
+    fleet.path("server.key").chmod(0o644)
+    assert found()["permissions"] == "fail"
+    fleet.path("server.key").chmod(0o600)
+    fleet.renew(days=10)
+    assert found()["server certificate"] == "warn"
+    other = Fleet.create(tmp_path / "other", name="shelf", server="else.example")
+    fleet.path("server.crt").write_bytes(other.path("server.crt").read_bytes())
+    assert found()["server name"] == "fail"
+    for name in ("ca.crt", "ca.key"):
+        fleet.path(name).write_bytes(other.path(name).read_bytes())
+    assert found()["server name"] == "fail"  # signed, but for another name
+
+
+def test_the_addresses_that_listen(tmp_path: Path) -> None:
+    head = "  sl  local_address rem_address   st\n"
+    (tmp_path / "tcp").write_text(
+        head + "   0: 0100007F:24E4 00000000:0000 0A\n   1: 00000000:24E4 00000000:0000 0A\n"
+        "   2: 0100007F:24E4 0100007F:1234 01\n   3: 0A00000A:24E5 00000000:0000 0A\n"
+    )
+    (tmp_path / "tcp6").write_text(head + f"   0: {'0' * 24}01000000:24E4 {'0' * 32}:0000 0A\n")
+    assert [str(one) for one in doctor.listening(0x24E4, tmp_path)] == [
+        "127.0.0.1", "0.0.0.0", "::1",
+    ]  # fmt: skip
+    assert doctor.listening(1, tmp_path / "absent") == []
+
+
+def test_a_profile_is_measured() -> None:
+    found = bench.profile()
+    assert found["parameters"] == 55_338
+    for key in ("step_ms", "images_s", "encode_mb_s", "decode_mb_s", "payload_bytes", "peak_mb"):
+        assert found[key] > 0
+    assert found["cores"] >= 1
