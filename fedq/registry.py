@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 #: Every group and the package whose modules register into it: one new file there is one new name.
 GROUPS: dict[str, str] = {
+    "activation_quantizer": "fedq.quantization.activations",
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
     "codec": "fedq.codecs",
@@ -32,6 +33,7 @@ GROUPS: dict[str, str] = {
     "privacy": "fedq.privacy",
     "quantization": "fedq.quantization",
     "server_optimizer": "fedq.optimizers",
+    "weight_quantizer": "fedq.quantization.weights",
 }
 
 _TABLES: dict[str, dict[str, type]] = {group: {} for group in GROUPS}

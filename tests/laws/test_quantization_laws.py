@@ -16,7 +16,7 @@ import fedq
 from fedq.errors import ConfigError
 from fedq.models import create
 from fedq.quantization import float_twin
-from fedq.quantization.fake import ActivationQuantizer, UniformWeight
+from fedq.quantization.fake import ActivationQuantizer
 from fedq.registry import from_config, table, to_config
 
 CASES = [
