@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
@@ -29,6 +29,7 @@ from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.layout import Layout, Vector
+from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.random import SEED_BITS, derive, generator, round_seed
@@ -65,7 +66,8 @@ class ServerState:
     Attributes:
       round: Rounds done.
       weights: (d,) float32, the float master of the global model.
-      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics.
+      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics;
+        those of several variants behind each other.
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
       broadcasts: What was sent lately, and who holds it.
@@ -125,6 +127,7 @@ class Update:
     weight: float
     loss: float | None
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
+    variant: int = 0  #: which of the states it is
 
 
 class FedQ(Strategy):
@@ -141,7 +144,7 @@ class FedQ(Strategy):
 
     Args:
       layout: Names and shapes of the trained tensors.
-      state_layout: Names and shapes of what is averaged but not trained.
+      state_layout: Names and shapes of what is averaged but not trained, in one variant.
       codec: How clients encode deltas; named to them in each message.
       downlink: How the global model is encoded.
       aggregator: Combines deltas; the mean streams, so that memory does not grow with clients.
@@ -157,6 +160,9 @@ class FedQ(Strategy):
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
       uplink_context: Whether a client codes its delta beside how the model moved since its base.
+      merge_rules: How each tensor of the state is merged; see :mod:`fedq.merging`.
+      variants: Kinds of clients, such as widths of weights: all train the same weights, and each
+        has a state of its own. A request carries all states, a reply the one of its variant.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -184,9 +190,14 @@ class FedQ(Strategy):
         initial: Vector | None = None,
         threads: int = 1,
         uplink_context: bool = False,
+        merge_rules: Sequence[str] = (),
+        variants: Sequence[str] = ("",),
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
+        self.states_layout = self.state_layout.copies(variants)
+        self.variants = tuple(variants)
+        self.merger = Merger(self.state_layout, merge_rules)
         self.codec = codec
         self.aggregator = aggregator or Mean()
         self.server_optimizer = server_optimizer or SGD()
@@ -209,7 +220,7 @@ class FedQ(Strategy):
     def initial(self, weights: Vector, state: Vector | None = None) -> ServerState:
         """Return the state before the first round."""
         if state is None:
-            state = np.zeros(self.state_layout.size, np.float32)
+            state = np.zeros(self.states_layout.size, np.float32)
         return ServerState(0, weights, state, self.server_optimizer.init(self.layout.size))
 
     def run_round(self, grid: Grid, before: ServerState) -> tuple[ServerState, RoundReport]:
@@ -308,13 +319,15 @@ class FedQ(Strategy):
             metadata["base"] = base
             if self.uplink_context:
                 metadata["context"] = True
-        state = Identity().encode(before.state, self.state_layout)
+        state = Identity().encode(before.state, self.states_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
         before, report = current.before, current.report
         deltas = self.aggregator.stream(self.layout.size, report.sampled)
-        states = self.aggregator.stream(self.state_layout.size, report.sampled)
+        states = [
+            self.aggregator.stream(self.state_layout.size, report.sampled) for _ in self.variants
+        ]
         losses: list[tuple[float, float]] = []
         lock = Lock()
 
@@ -325,7 +338,7 @@ class FedQ(Strategy):
                 return error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
-                states.add(state, update.weight, update.slot)
+                states[update.variant].add(state, update.weight, update.slot)
             return update
 
         for update in in_threads(add, self._opened(replies, current), self.threads):
@@ -361,14 +374,14 @@ class FedQ(Strategy):
             )
         return after
 
-    def _step(self, current: _Round, deltas: Stream, states: Stream) -> ServerState:
+    def _step(self, current: _Round, deltas: Stream, states: Sequence[Stream]) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
         if report.replies < self._needed(report.sampled):
             report.skipped = True
             return same
         try:
-            delta, state = deltas.result(), states.result()
+            delta, state = deltas.result(), self._merged(before.state, states)
         except ConfigError as error:  # e.g. too few updates for a robust rule
             report.skipped = True
             report.reject("aggregator", str(error))
@@ -383,6 +396,18 @@ class FedQ(Strategy):
                 "lower learning_rate or the server optimiser's rate"
             ) from error
         return ServerState(report.round, weights, state, optimizer)
+
+    def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
+        """Return the states after a round; that of a variant that nobody sent stays."""
+        if len(states) == 1:
+            return self.merger.merged(states[0].result())
+        merged = []
+        for old, stream in zip(np.split(before, len(states)), states, strict=True):
+            try:
+                merged.append(self.merger.merged(stream.result()))
+            except ConfigError:  # too few of this variant
+                merged.append(old)
+        return np.concatenate(merged)
 
     @cached_property
     def _float32(self) -> bytes:
@@ -461,7 +486,10 @@ class FedQ(Strategy):
             raise RejectedError("seed", f"not the one of client {client} in this round")
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
         loss = None if loss is None else float(loss)
-        return Update(slot, frame, message.parts[1], weight, loss, beside)
+        variant = metadata.get("variant", 0)
+        if type(variant) is not int or not 0 <= variant < len(self.variants):
+            raise DecodeError(f"claims to be of variant {variant!r}")
+        return Update(slot, frame, message.parts[1], weight, loss, beside, variant)
 
     def _decode(self, update: Update) -> tuple[Vector, Vector]:
         """Return an update's delta and state; safe in several threads."""
@@ -473,7 +501,7 @@ class FedQ(Strategy):
         for values in (delta, state):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
-        return delta, state
+        return delta, self.merger.summand(state)
 
     # --- Flower's interface ------------------------------------------------------------------
 

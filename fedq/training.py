@@ -23,6 +23,7 @@ from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
 from fedq.quantization.base import float_twin as computing_in_float
+from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
 from fedq.training_config import TrainingConfig
 
@@ -40,7 +41,7 @@ class Trained:
 
     Attributes:
       delta: (d,) float32, trained weights minus those at the start.
-      state: (s,) float32, float buffers after training.
+      state: (s,) float32, what quantizers learned and float buffers after training.
       examples: Number of training examples.
       loss: Mean loss over the examples of the last epoch, each before the step that it is part of.
       steps: Number of gradient steps.
@@ -65,7 +66,9 @@ class Evaluation:
 class Trainer:
     """A network, its weights in one flat vector, and the loops over data.
 
-    Parameters that do not require gradients and integer buffers are no part of the vectors: the
+    What quantizers learn (scales, offsets, clips) is trained, but is state and no weight: it goes
+    unrounded, weight decay and the proximal term do not act on it, and its gradient counts in no
+    norm. Parameters that do not require gradients and integer buffers are no part of the vectors: the
     former stay as built, the latter restart with every :meth:`load`. With one torch thread every
     result is a function of the arguments and the loaded vectors.
 
@@ -76,8 +79,9 @@ class Trainer:
     Attributes:
       model: The network.
       layout: Names and shapes of the d trainable parameters, in the network's order.
-      state_layout: Names and shapes of the s persistent float buffers: activation ranges, running
-        statistics of batch normalisation.
+      state_layout: Names and shapes of the state, s numbers: what quantizers learn, and persistent
+        float buffers: activation ranges, running statistics of batch normalisation.
+      merge_rules: How each tensor of the state is merged over clients; see :mod:`fedq.merging`.
 
     Raises:
       ConfigError: If a trainable parameter or float buffer is not float32.
@@ -94,16 +98,21 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        merge_rules = _merge_rules(model)
+        learned = {n: trainable.pop(n) for n in merge_rules if n in trainable}
+        parameters = trainable
         persistent = model.state_dict().keys()
         buffers = {n: b for n, b in model.named_buffers() if n in persistent}
         floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
+        floats = {**learned, **floats}
         for name, tensor in {**parameters, **floats}.items():
             if tensor.dtype != torch.float32:
                 raise ConfigError(f"{name} is {tensor.dtype}; train models in float32")
         self.model = model
         self.layout = Layout.of(parameters)
         self.state_layout = Layout.of(floats)
+        self.merge_rules = tuple(merge_rules.get(name, "mean") for name in floats)
         self._parameters = list(parameters.values())
         self._weights, views = _flat_views(self.layout, parameters)
         for parameter, view in zip(self._parameters, views, strict=True):
@@ -112,6 +121,10 @@ class Trainer:
         self._state, views = _flat_views(self.state_layout, floats)
         for buffer, view in zip(floats.values(), views, strict=True):
             buffer.data = view
+        learned_layout = Layout.of(learned)  # the state begins with them
+        self._learned = list(learned.values())
+        self._learned_values = self._state[: learned_layout.size]
+        self._learned_gradient, self._learned_gradients = _flat_views(learned_layout, {})
         self._counters = [
             (b, b.clone()) for n, b in model.named_buffers() if not b.is_floating_point()
         ]
@@ -178,10 +191,15 @@ class Trainer:
                 "out, raise batch_size or use a model without it"
             )
         start = self.weights()
-        step = _Sgd(config, self._weights, self._gradient)
+        steps_of = [_Sgd(config, self._weights, self._gradient)]
+        if self._learned:
+            plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
+            steps_of.append(_Sgd(plain, self._learned_values, self._learned_gradient))
         if not self.model.training:
             self.model.train()
         for parameter, view in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = view
+        for parameter, view in zip(self._learned, self._learned_gradients, strict=True):
             parameter.grad = view
         loss, steps = math.nan, 0
         with _seeded(derive(seed, "model")):
@@ -192,9 +210,11 @@ class Trainer:
                 total = 0.0
                 for inputs, labels in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
+                    self._learned_gradient.zero_()
                     batch_loss = functional.cross_entropy(self.model(inputs), labels)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
-                    step()
+                    for step in steps_of:
+                        step()
                     total += batch_loss.item() * len(labels)
                     steps += 1
                 loss = total / len(order)
@@ -249,11 +269,12 @@ def trainer_for(
     classes: int,
     *,
     seed: int = 0,
+    variant: int = 0,
 ) -> Trainer:
     """Return the trainer of a model given by its configuration, as it stands in a message.
 
     Server and clients call this with the same arguments, so that they share the layout; weights are
-    drawn from ``seed`` until others are loaded.
+    drawn from ``seed`` until others are loaded. ``variant`` is one of the quantization's.
 
     Raises:
       ConfigError: If a name or option is unknown, the model does not fit the shape, or has more
@@ -264,7 +285,19 @@ def trainer_for(
     shape = registry.convert(input_shape, tuple[int, ...], "input_shape")
     outputs = registry.convert(classes, int, "classes")
     _check_size(chosen, shape, outputs)
-    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed)))
+    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed), variant))
+
+
+def _merge_rules(model: nn.Module) -> dict[str, str]:
+    """Return the merge rule of what quantizers learn and keep, by name; what is learned first."""
+    rules: dict[str, str] = {}
+    for wanted in ("named_parameters", "named_buffers"):
+        for prefix, module in model.named_modules():
+            if isinstance(module, FakeQuantizer):
+                for name, tensor in getattr(module, wanted)(recurse=False):
+                    if tensor.is_floating_point():
+                        rules[f"{prefix}.{name}"] = module.merge[name]
+    return rules
 
 
 def _check_size(model: Model, input_shape: tuple[int, ...], classes: int) -> None:

@@ -58,12 +58,14 @@ class CodebookWeight(WeightQuantizer):
     """The module of :class:`Codebook`; its state is the centroids."""
 
     centroids: Tensor
+    steps: Tensor
     merge: ClassVar[Mapping[str, str]] = {"centroids": "mean"}
 
     def __init__(self, scheme: Codebook, weight: Tensor) -> None:
         super().__init__(scheme.bits)
         self.scheme = scheme
-        self._steps = 0
+        # An integer buffer, which the trainer sets back for every client.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
         weight = weight.detach().flatten()
         places = (torch.arange(2**scheme.bits, device=weight.device) + 0.5) / 2**scheme.bits
         self.register_buffer("centroids", torch.quantile(weight, places).float())
@@ -82,9 +84,9 @@ class CodebookWeight(WeightQuantizer):
 
     def observe(self, weight: Tensor) -> None:
         """Move the centroids, now and then."""
-        if self._steps % self.scheme.every == 0:
+        if self.steps.item() % self.scheme.every == 0:
             self._lloyd(weight.flatten())
-        self._steps += 1
+        self.steps += 1
 
     def _lloyd(self, weight: Tensor) -> None:
         """Move every centroid to the mean of its weights; one without weights stays."""
