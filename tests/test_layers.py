@@ -14,7 +14,7 @@ import fedq
 LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
-        "downlink merging state experiment jit threads attacks privacy merging",
+        "downlink merging state experiment jit threads attacks privacy",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),

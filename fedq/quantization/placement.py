@@ -164,9 +164,16 @@ def place(
     return PreparedModel(tree, graph)
 
 
+class _Tracer(fx.Tracer):
+    """A tracer that leaves batch normalisations of other kinds whole, too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BATCH_NORMS) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(tree: nn.Module) -> fx.Graph:
     try:
-        return fx.Tracer().trace(tree)
+        return _Tracer().trace(tree)
     except Exception as error:  # the network's own code runs on proxies: anything may happen
         raise ConfigError(
             f"cannot quantize {type(tree).__name__}: torch.fx cannot trace it ({error}); remove"

@@ -10,7 +10,6 @@ from torch import Tensor
 from fedq.quantization.fake import WeightQuantizer
 from fedq.quantization.weights._table import TableWeight
 from fedq.quantization.weights.base import WeightScheme
-from fedq.quantization.weights.linear import CLIPS
 from fedq.registry import register
 
 #: The terms of eq. (5), by width, in units of the smallest: a magnitude is a sum of one of each.
@@ -61,5 +60,4 @@ class AdditivePowerOfTwo(WeightScheme):
         levels = [0]
         for terms in _TERMS[self.bits]:
             levels = [level + term for level in levels for term in terms]
-        clips = CLIPS if self.range == "mse" else (1.0,)
-        return TableWeight(self.bits, sorted(levels), self.per_channel, clips)
+        return TableWeight(self.bits, sorted(levels), self.per_channel, self.range == "mse")

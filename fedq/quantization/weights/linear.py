@@ -10,17 +10,11 @@ from torch import Tensor
 
 from fedq.errors import ConfigError
 from fedq.quantization.fake import Grid, WeightQuantizer, straight_through
-from fedq.quantization.weights.base import (
-    WeightScheme,
-    by_channel,
-    largest_magnitude,
-    positive,
-)
+from fedq.quantization.weights._clips import ClippedWeight
+from fedq.quantization.weights.base import WeightScheme, largest_magnitude, positive
 from fedq.registry import register
 
 Range = Literal["absmax", "percentile", "mse"]
-#: Clips that ``range=mse`` tries, as shares of the largest magnitude.
-CLIPS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51, 0.44, 0.37, 0.3)
 
 
 @register("weight_quantizer", "linear")
@@ -79,11 +73,11 @@ class Linear(WeightScheme):
         return LinearWeight(self)
 
 
-class LinearWeight(WeightQuantizer):
+class LinearWeight(ClippedWeight):
     """The module of :class:`Linear`."""
 
     def __init__(self, scheme: Linear) -> None:
-        super().__init__(scheme.bits)
+        super().__init__(scheme.bits, scheme.per_channel, scheme.range == "mse")
         self.scheme = scheme
         self.largest = 2 ** (scheme.bits - 1) - 1
         self.smallest = -self.largest if scheme.symmetric else -self.largest - 1
@@ -91,28 +85,33 @@ class LinearWeight(WeightQuantizer):
     def grid(self, weight: Tensor) -> Grid:
         """Return integers, scale and zero point."""
         weight = weight.detach()
-        scale, zero = self._fit(weight)
+        scale, zero = self._fit(weight, self.best(weight) if self.search else 1.0)
         integers = self._codes(weight, scale, zero).nan_to_num_().to(torch.int8)
         return Grid(integers, scale, None if zero is None else zero.nan_to_num().to(torch.int8))
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight."""
-        scheme = self.scheme
-        scale, zero = self._fit(weight.detach())
-        with torch.no_grad():
-            stochastic = scheme.rounding == "stochastic" and self.training
-            codes = self._codes(weight, scale, zero, stochastic)
-            values = (codes if zero is None else codes.sub_(zero)).mul_(scale)
+        scheme, held = self.scheme, weight.detach()
+        scale, zero = self._fit(held, self.share(held))
+        stochastic = scheme.rounding == "stochastic" and self.training
+        codes = self._codes(held, scale, zero, stochastic)
+        values = (codes if zero is None else codes.sub_(zero)).mul_(scale)
         if scheme.gradient == "clipped":
             shift = 0 if zero is None else zero
             low, high = self.smallest - shift - 0.5, self.largest - shift + 0.5
             weight = weight.clamp(low * scale, high * scale)
         return straight_through(weight, values)
 
+    def clipped(self, weight: Tensor, share: Tensor | float) -> Tensor:
+        """Return the fake-quantized weight at a share of its range."""
+        scale, zero = self._fit(weight, share)
+        codes = self._codes(weight, scale, zero)
+        return (codes if zero is None else codes.sub_(zero)).mul_(scale)
+
     def _codes(
         self, weight: Tensor, scale: Tensor, zero: Tensor | None, stochastic: bool = False
     ) -> Tensor:
-        codes = weight.detach().div(scale)
+        codes = weight.div(scale)
         codes = codes.add_(torch.rand_like(codes)).floor_() if stochastic else codes.round_()
         if zero is not None:
             codes.add_(zero)
@@ -120,45 +119,22 @@ class LinearWeight(WeightQuantizer):
             return codes  # nothing can be beyond the largest
         return codes.clamp_(self.smallest, self.largest)
 
-    def _fit(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _fit(self, weight: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
         """Return the scale and, if asymmetric, the zero point as whole float32."""
-        low, high = self._range(weight)
-        if self.scheme.range != "mse":
-            return self._grid_over(low, high)
-        best = error = None
-        for share in CLIPS:
-            scale, zero = self._grid_over(None if low is None else share * low, share * high)
-            values = self._codes(weight, scale, zero).sub_(0 if zero is None else zero).mul_(scale)
-            squares = values.sub_(weight).square_()
-            now = squares.sum()
-            if self.scheme.per_channel:
-                now = by_channel(weight, squares.flatten(1).sum(1))
-            if best is None or error is None:
-                best, error = torch.full_like(now, share), now
-            else:
-                best, error = torch.where(now < error, share, best), now.minimum(error)
-        assert best is not None
-        return self._grid_over(None if low is None else best * low, best * high)
-
-    def _range(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the smallest and the largest value that are represented; the former if asked."""
         scheme = self.scheme
         if scheme.symmetric and scheme.range != "percentile":
-            return None, largest_magnitude(weight, scheme.per_channel)
+            high = largest_magnitude(weight, scheme.per_channel)
+            return positive(high.mul_(share).div_(self.largest)), None
         rows = weight.flatten(1) if scheme.per_channel else weight.reshape(1, -1)
+        shape = [-1, *[1] * (weight.dim() - 1)] if scheme.per_channel else []
+        quantile = scheme.percentile / 100
+        if scheme.symmetric:
+            return positive(rows.abs().quantile(quantile, 1).reshape(shape).div_(self.largest)), None
         if scheme.range == "percentile":
-            share = scheme.percentile / 100
-            rows, low = (rows.abs(), None) if scheme.symmetric else (rows, rows.quantile(1 - share, 1))
-            high = rows.quantile(share, 1)
+            low, high = rows.quantile(1 - quantile, 1), rows.quantile(quantile, 1)
         else:
             low, high = rows.amin(1), rows.amax(1)
-        shape = [-1, *[1] * (weight.dim() - 1)] if scheme.per_channel else []
-        high = high.reshape(shape)
-        return (None, high) if low is None else (low.reshape(shape).clamp(max=0), high.clamp(min=0))
-
-    def _grid_over(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        if low is None:
-            return positive(high / self.largest), None
+        low = low.reshape(shape).clamp(max=0) * share
+        high = high.reshape(shape).clamp(min=0) * share
         scale = positive((high - low) / (self.largest - self.smallest))
-        zero = (self.smallest - (low / scale).round_()).clamp_(self.smallest, self.largest)
-        return scale, zero
+        return scale, (self.smallest - (low / scale).round_()).clamp_(self.smallest, self.largest)

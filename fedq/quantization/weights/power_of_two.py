@@ -10,7 +10,6 @@ from torch import Tensor
 from fedq.quantization.fake import WeightQuantizer
 from fedq.quantization.weights._table import TableWeight
 from fedq.quantization.weights.base import WeightScheme
-from fedq.quantization.weights.linear import CLIPS
 from fedq.registry import register
 
 
@@ -50,5 +49,4 @@ class PowerOfTwo(WeightScheme):
     def quantizer(self, weight: Tensor) -> WeightQuantizer:
         """Return the module."""
         levels = [0, *(2**k for k in range(2 ** (self.bits - 1) - 1))]
-        clips = CLIPS if self.range == "mse" else (1.0,)
-        return TableWeight(self.bits, levels, self.per_channel, clips)
+        return TableWeight(self.bits, levels, self.per_channel, self.range == "mse")
