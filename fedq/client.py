@@ -320,12 +320,17 @@ class Client:
         if len(y) == 0:
             return task.drop(f"client {client} has no training data")
         trainer.load(task.weights, task.state)
+        own = trainer.local_layout
+        if own.size and (kept := store.local(client, task.round, own)) is not None:
+            trainer.load_local(kept)
         try:
             trained = trainer.train(x, y, request.training, task.seed(client, "train"))
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
+        if own.size:
+            store.keep_local(client, task.round, trainer.local())
         return task.reply(
-            trained.delta,
+            trainer.weights() - task.weights if own.size else trained.delta,
             examples=trained.examples,
             client=client,
             loss=trained.loss,

@@ -22,6 +22,7 @@ from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
+from fedq.models.norms import LOCAL
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
@@ -82,6 +83,8 @@ class Trainer:
       state_layout: Names and shapes of the state, s numbers: what quantizers learn, and persistent
         float buffers: activation ranges, running statistics of batch normalisation.
       merge_rules: How each tensor of the state is merged over clients; see :mod:`fedq.merging`.
+      local_layout: Names and shapes of what a client keeps for itself, weights and state: local
+        batch normalisations.
 
     Raises:
       ConfigError: If a trainable parameter or float buffer is not float32.
@@ -128,6 +131,12 @@ class Trainer:
         self._counters = [
             (b, b.clone()) for n, b in model.named_buffers() if not b.is_floating_point()
         ]
+        inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LOCAL))
+        every = {**parameters, **floats}
+        self._local = [t for n, t in every.items() if inside and n.startswith(inside)]
+        self.local_layout = Layout.of(
+            {n: t for n, t in every.items() if inside and n.startswith(inside)}
+        )
         # NumPy's views of the same memory: copies and differences without torch's overhead.
         self._weights_array: Vector = self._weights.numpy()
         self._state_array: Vector = self._state.numpy()
@@ -154,6 +163,18 @@ class Trainer:
         np.copyto(self._state_array, state)
         for counter, start in self._counters:
             counter.copy_(start)
+
+    def local(self) -> Vector:
+        """Return a copy of what the client keeps for itself, in the order of its layout."""
+        parts = [tensor.detach().flatten() for tensor in self._local]
+        values: Vector = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+        return values
+
+    def load_local(self, values: Vector) -> None:
+        """Set what the client kept for itself, over what was loaded."""
+        with torch.no_grad():
+            for place, tensor in zip(self.local_layout, self._local, strict=True):
+                tensor.copy_(torch.from_numpy(values[place.slice].reshape(place.shape)))
 
     def weights(self) -> Vector:
         """Return a copy of the weights, (d,) float32."""
