@@ -178,7 +178,7 @@ class _Server:
             trainer.load(state.weights, own)
         deployed = [trainer.evaluate(self.x_test, self.y_test) for trainer in self.trainers]
         twin = self.trainer.evaluate(self.x_test, self.y_test, float_twin=True)
-        judged = {
+        judged: dict[str, Any] = {
             "accuracy": deployed[0].accuracy,
             "float_accuracy": twin.accuracy,
             "loss": deployed[0].loss,

@@ -71,9 +71,7 @@ class StateStore:
         if not _path(self._models, server_round).exists():
             self._keep(self._models, server_round, weights, self.models)
 
-    def _newest(
-        self, kind: str, client: int, before_round: int, layout: Layout
-    ) -> Vector | None:
+    def _newest(self, kind: str, client: int, before_round: int, layout: Layout) -> Vector | None:
         for server_round, path in _by_round(self._own(kind, client)):
             if server_round < before_round and (values := _read(path, layout)) is not None:
                 return values

@@ -69,9 +69,9 @@ class Trainer:
 
     What quantizers learn (scales, offsets, clips) is trained, but is state and no weight: it goes
     unrounded, weight decay and the proximal term do not act on it, and its gradient counts in no
-    norm. Parameters that do not require gradients and integer buffers are no part of the vectors: the
-    former stay as built, the latter restart with every :meth:`load`. With one torch thread every
-    result is a function of the arguments and the loaded vectors.
+    norm. Parameters that do not require gradients and integer buffers are no part of the vectors:
+    the former stay as built, the latter restart with every :meth:`load`. With one torch thread
+    every result is a function of the arguments and the loaded vectors.
 
     Args:
       model: A network as built by :func:`fedq.models.create`, perhaps prepared by a quantization.

@@ -31,7 +31,10 @@ class ResNet8(Model):
       77946
     """
 
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"width": 4}, {"width": 4, "norm": "group"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"width": 4},
+        {"width": 4, "norm": "group"},
+    )
 
     width: int = 16
     norm: Norm = "batch"

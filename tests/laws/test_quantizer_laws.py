@@ -135,9 +135,7 @@ class TestWeights:
         module = _module(name, options, weight)
         arrays = {k: v.numpy() for k, v in module.state_dict().items()}
         layout = Layout.of(arrays)
-        blob = wire.seal(
-            wire.Envelope({}, [Identity().encode(layout.flatten(arrays), layout)])
-        )
+        blob = wire.seal(wire.Envelope({}, [Identity().encode(layout.flatten(arrays), layout)]))
         came = layout.unflatten(Identity().decode(wire.unseal(blob).parts[0], layout))
         other = _module(name, options, _weight(11))
         other.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in came.items()})
@@ -316,9 +314,7 @@ class TestActivations:
             assert x.grad is not None
             assert torch.isfinite(x.grad).all()
 
-    def test_nan_does_not_hide(
-        self, name: str, options: dict[str, Any], rectified: bool
-    ) -> None:
+    def test_nan_does_not_hide(self, name: str, options: dict[str, Any], rectified: bool) -> None:
         module, x = _activation(name, options, rectified), _values(rectified)
         module.train()(x)
         x[0, 0] = torch.nan

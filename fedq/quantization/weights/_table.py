@@ -22,9 +22,7 @@ class TableWeight(ClippedWeight):
       search: Whether the top level is at the clip of least square error, or at the largest weight.
     """
 
-    def __init__(
-        self, bits: int, levels: Sequence[int], per_channel: bool, search: bool
-    ) -> None:
+    def __init__(self, bits: int, levels: Sequence[int], per_channel: bool, search: bool) -> None:
         super().__init__(bits, per_channel, search)
         self.levels = torch.tensor(levels, dtype=torch.float32)
         self.borders = (self.levels[1:] + self.levels[:-1]) / 2

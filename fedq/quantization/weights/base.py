@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from fedq.errors import ConfigError

@@ -129,7 +129,9 @@ class LinearWeight(ClippedWeight):
         shape = [-1, *[1] * (weight.dim() - 1)] if scheme.per_channel else []
         quantile = scheme.percentile / 100
         if scheme.symmetric:
-            return positive(rows.abs().quantile(quantile, 1).reshape(shape).div_(self.largest)), None
+            return positive(
+                rows.abs().quantile(quantile, 1).reshape(shape).div_(self.largest)
+            ), None
         if scheme.range == "percentile":
             low, high = rows.quantile(1 - quantile, 1), rows.quantile(quantile, 1)
         else:

@@ -18,8 +18,8 @@ class PowerOfTwo(WeightScheme):
     """``w^ = +-s 2**k`` or 0, ``k = 0 ... 2**(bits-1) - 2``: multiplications become shifts.
 
     Borders lie at arithmetic midpoints, ``1.5 s 2**k``. To round ``log2|w|`` instead would put them
-    at the geometric ones, ``1.41 s 2**k``, which is not the nearest level. More than 4 bits add only
-    levels next to zero, beyond int8.
+    at the geometric ones, ``1.41 s 2**k``, which is not the nearest level. More than 4 bits add
+    only levels next to zero, beyond int8.
 
     Args:
       bits: 2 to 4.

@@ -16,10 +16,10 @@ from fedq.registry import register
 
 @register("weight_quantizer", "ternary")
 class Ternary(WeightScheme):
-    """``w^ = s sign(w)`` where ``|w| > threshold mean|w|``, else 0; ``s`` the mean of those ``|w|``.
+    """``w^ = s sign(w)`` where ``|w| > threshold mean|w|``, else 0; ``s`` is the mean of those.
 
-    For a given set of nonzeros that ``s`` has the least square error; 0.7 is near the best threshold
-    for normal and for uniform weights (paper, section 2.2).
+    For a given set of nonzeros that ``s`` has the least square error; 0.7 is near the best
+    threshold for normal and for uniform weights (paper, section 2.2).
 
     Args:
       bits: 2.
