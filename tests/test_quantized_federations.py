@@ -44,9 +44,7 @@ def test_widths_take_turns_and_keep_states_of_their_own(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     summary = _run(tmp_path, "quantization=mixed", "quantization.widths=[2,8,0]", "rounds=2")
-    assert list(summary["accuracy_by_width"]) == ["float", "w2", "w8"] or set(
-        summary["accuracy_by_width"]
-    ) == {"w2", "w8", "float"}
+    assert set(summary["accuracy_by_width"]) == {"w2", "w8", "float"}
     assert summary["accuracy"] == summary["accuracy_by_width"]["w2"]
     tensors = load_file(tmp_path / "run" / "model.safetensors")
     ranges = {v: tensors[f"{v}.activation_quantizers.relu3.hi"] for v in ("w2", "w8", "float")}
@@ -58,7 +56,7 @@ def test_a_mixed_federation_is_the_same_for_any_number_of_workers(tmp_path: Path
     hashes = {
         _run(
             tmp_path / str(workers),
-            *("quantization=mixed", "quantization.weights=codebook", "rounds=2"),
+            *("quantization=mixed", "quantization.weights=lsq", "rounds=2"),
             *("quantization.widths=[4,2]", f"engine.workers={workers}", "clients=6"),
         )["model_sha256"]
         for workers in (1, 2)

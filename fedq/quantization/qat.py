@@ -67,6 +67,11 @@ class Qat(Quantization):
         for bits in self.widths:
             if bits:
                 self.weights.at(bits)
+        if self.widths and not self.weights.any_width:
+            raise ConfigError(
+                f"quantization.widths cannot mix widths of {self.weights.name}: its state has"
+                " another shape at each; choose other weights, such as linear or lsq"
+            )
         if self.layer_bits and self.widths:
             raise ConfigError("quantization.layer_bits and .widths exclude each other; use one")
         if len(set(self.widths)) < len(self.widths):

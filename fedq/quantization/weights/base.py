@@ -29,6 +29,8 @@ class WeightScheme(abc.ABC):
     supported: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     #: Whether zero is always a level: pruned weights stay pruned.
     has_zero: ClassVar[bool] = True
+    #: Whether the state has one shape at all widths, so that clients of several can share one run.
+    any_width: ClassVar[bool] = True
     #: Whether it is trained by the task's loss.
     learned: ClassVar[bool] = False
 

@@ -39,6 +39,7 @@ class Codebook(WeightScheme):
 
     supported: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6)
     has_zero: ClassVar[bool] = False
+    any_width: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"bits": 4, "every": 1})
 
     bits: int = 2
