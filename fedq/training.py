@@ -317,7 +317,7 @@ def _merge_rules(model: nn.Module) -> dict[str, str]:
             if isinstance(module, FakeQuantizer):
                 for name, tensor in getattr(module, wanted)(recurse=False):
                     if tensor.is_floating_point():
-                        rules[f"{prefix}.{name}"] = module.merge[name]
+                        rules[f"{prefix}.{name}".lstrip(".")] = module.merge[name]
     return rules
 
 

@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": ("records strategy client engines", "torch hydra omegaconf ray matplotlib"),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
-    "programs": ("simulation node", "ray matplotlib"),
+    "programs": ("simulation node allocate", "ray matplotlib"),
 }
 
 _IMPORT = """

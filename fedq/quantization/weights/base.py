@@ -56,6 +56,7 @@ def by_channel(weight: Tensor, values: Tensor) -> Tensor:
     """Reshape values per output channel so that they broadcast over a weight.
 
     Example:
+      >>> import torch
       >>> by_channel(torch.zeros(2, 3, 5), torch.ones(2)).shape
       torch.Size([2, 1, 1])
     """

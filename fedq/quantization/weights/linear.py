@@ -40,9 +40,8 @@ class Linear(WeightScheme):
       gradient: Straight through, or zero for clipped weights.
 
     Example:
-      >>> import fedq
       >>> quantizer = Linear(bits=3).quantizer(torch.zeros(1, 4))
-      >>> quantizer(torch.tensor([[-3.0, -0.4, 1.0, 2.4]])).tolist()
+      >>> quantizer(torch.tensor([[-3.0, 0.4, 1.0, 2.4]])).tolist()
       [[-3.0, 0.0, 1.0, 2.0]]
     """
 
