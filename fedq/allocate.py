@@ -105,9 +105,8 @@ def allocate(
     model = registry.from_config("model", settings["model"])
     layers = Layers.of(create(model, dataset.input_shape, dataset.classes))
     trainer = Trainer(layers.network)
-    state = {
-        n: tensors.get(n, v) for n, v in trainer.state_layout.unflatten(trainer.state()).items()
-    }
+    fresh = trainer.state_layout.unflatten(trainer.state())
+    state = {name: tensors.get(name, value) for name, value in fresh.items()}
     try:
         weights = trainer.layout.flatten({name: tensors[name] for name in trainer.layout.names})
     except KeyError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import nn
 
@@ -27,22 +27,24 @@ class LocalBatchNorm2d(nn.BatchNorm2d):
     """See :class:`LocalBatchNorm1d`."""
 
 
-class FrozenBatchNorm1d(nn.BatchNorm1d):
+class _Frozen(nn.Module):
+    """A module that is always in evaluation mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)  # type: ignore[call-arg]  # the batch normalisation's
+        self.training = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):
     """Batch normalisation by its running statistics in training, too; gains and shifts train."""
 
-    def train(self, mode: bool = True) -> FrozenBatchNorm1d:
-        """Stay in evaluation mode."""
-        super().train(False)
-        return self
 
-
-class FrozenBatchNorm2d(nn.BatchNorm2d):
+class FrozenBatchNorm2d(_Frozen, nn.BatchNorm2d):
     """See :class:`FrozenBatchNorm1d`."""
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Stay in evaluation mode."""
-        super().train(False)
-        return self
 
 
 LOCAL = (LocalBatchNorm1d, LocalBatchNorm2d)

@@ -87,7 +87,7 @@ class PrunedWeight(WeightQuantizer):
         self.inner = scheme.inner.quantizer(weight)
 
     def mask(self, weight: Tensor) -> Tensor:
-        """Return 1 where a weight is kept and 0 elsewhere, broadcast over the weight; NaN is kept."""
+        """Return 1 where a weight is kept and 0 elsewhere, to be broadcast; NaN is kept."""
         if self.scheme.unit == "channel":
             size = weight.detach().flatten(1).square().sum(1)
         else:
