@@ -1,6 +1,7 @@
 """Accuracy of federations of every quantization, beside float and post-training quantization.
 
     python benchmarks/quantization.py            # three seeds, two tasks; an hour of one core
+    python benchmarks/quantization.py --keep     # only cells that the results do not hold yet
     python benchmarks/quantization.py --quick
 
 Every cell is a whole federated run by the main job's path (default codec and downlink), judged on
@@ -10,6 +11,7 @@ initial weights. Intervals are 95 % by Student's t over seeds.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -104,17 +106,25 @@ def main() -> None:
     """Run all cells and write the results."""
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
+    options.add_argument("--keep", action="store_true", help="go on from the results file")
     options.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     arguments = options.parse_args()
-    seeds, schemes = range(arguments.seed, arguments.seed + arguments.seeds), dict(SCHEMES)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    schemes = {name: SCHEMES[name] for name in arguments.schemes}
     extra: tuple[str, ...] = ()
     if arguments.quick:
         seeds, extra = range(arguments.seed, arguments.seed + 1), ("rounds=2",)
         schemes = {name: SCHEMES[name] for name in ("float", "W8A8", "mixed 8, 4, 2")}
     cells: list[dict[str, Any]] = []
+    if arguments.keep:
+        cells = json.loads((arguments.out / "quantization.json").read_text())["cells"]
+    known = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
     for seed in seeds:
         for task in arguments.tasks:
             for scheme, overrides in schemes.items():
+                if (task, scheme, seed) in known:
+                    continue
                 cell = run((*TASKS[task], *overrides, *extra), seed)
                 cells.append({"task": task, "scheme": scheme, "seed": seed, **cell})
                 print(task, scheme, seed, f"{cell['accuracy']:.4f}", flush=True)
