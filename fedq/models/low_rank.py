@@ -20,8 +20,9 @@ class LowRank(Model):
 
     A layer of m outputs and n inputs (channels times kernel) becomes one of n to r and one of r to
     m, ``r = share min(m, n)``: a kernel of r channels and a 1x1 convolution, or two dense layers.
-    It does so if ``r (m + n) < m n``; the first and the last layer stay. Factors begin as the truncated singular value decomposition
-    of the model's own initial weights. Quantizers and codecs see ordinary layers.
+    It does so if ``r (m + n) < m n``; the first and the last layer stay. Factors begin as the
+    truncated singular value decomposition of the model's own initial weights. Quantizers and codecs
+    see ordinary layers.
 
     Args:
       inner: The model that is factored.
