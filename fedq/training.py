@@ -28,6 +28,8 @@ from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
 from fedq.training_config import TrainingConfig
 
+#: Softens the logits that a quantized network is taught with (Hinton et al. 2015, section 2).
+TEMPERATURE = 2.0
 #: Parameters and buffers of the largest network that a configuration may ask for: 1 GiB in float32.
 MAX_PARAMETERS = 2**28
 
@@ -144,6 +146,7 @@ class Trainer:
         # Batch normalisation cannot train on one example alone.
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self._smallest_batch = 2 if normalised else 1
+        self._distillation = float(getattr(model, "distillation", 0.0))
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
         """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
@@ -212,6 +215,7 @@ class Trainer:
                 "out, raise batch_size or use a model without it"
             )
         start = self.weights()
+        teacher = self._float_logits(x) if self._distillation else None
         steps_of = [_Sgd(config, self._weights, self._gradient)]
         if self._learned:
             plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
@@ -228,11 +232,18 @@ class Trainer:
                 order = generator(derive(seed, epoch, "order")).permutation(len(x))
                 if len(x) % config.batch_size < least:
                     order = order[: len(x) - len(x) % config.batch_size]
-                total = 0.0
+                total, done = 0.0, 0
                 for inputs, labels in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
                     self._learned_gradient.zero_()
-                    batch_loss = functional.cross_entropy(self.model(inputs), labels)
+                    logits = self.model(inputs)
+                    batch_loss = functional.cross_entropy(logits, labels)
+                    if teacher is not None:
+                        taught = teacher[order[done : done + len(labels)]]
+                        batch_loss = batch_loss.lerp(
+                            _divergence(logits, taught), self._distillation
+                        )
+                        done += len(labels)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
                     for step in steps_of:
                         step()
@@ -252,6 +263,14 @@ class Trainer:
                 " max_grad_norm"
             )
         return Trained(delta, state, len(x), loss, steps)
+
+    def _float_logits(self, x: NDArray[np.float32]) -> Tensor:
+        """Return what the float twin says about examples, (n, classes), and go back to training."""
+        self.model.eval()
+        with computing_in_float(self.model), torch.no_grad():
+            parts = [self.model(_channels_last(x[i : i + 500])) for i in range(0, len(x), 500)]
+        self.model.train()
+        return torch.cat(parts)
 
     def evaluate(
         self,
@@ -368,6 +387,14 @@ class _Sgd:
                 self.velocity.mul_(config.momentum).add_(gradient)
             gradient = self.velocity
         self.weights.sub_(gradient, alpha=config.learning_rate)
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return T**2 KL(teacher || student) of softened outputs, mean over the batch."""
+    student = functional.log_softmax(logits / TEMPERATURE, 1)
+    taught = functional.log_softmax(teacher / TEMPERATURE, 1)
+    divergence = functional.kl_div(student, taught, reduction="batchmean", log_target=True)
+    return divergence * TEMPERATURE**2
 
 
 def _flat_views(layout: Layout, values: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -109,9 +109,11 @@ class PreparedModel(nn.Module):
 
     Attributes:
       graph: The ``torch.fx`` graph, for exporters: ``fx.GraphModule(prepared, prepared.graph)``.
+      distillation: Share of the loss that the float twin teaches.
     """
 
     graph: fx.Graph
+    distillation: float = 0.0
 
     def __init__(self, tree: nn.Module, graph: fx.Graph) -> None:
         super().__init__()

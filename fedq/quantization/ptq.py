@@ -34,6 +34,8 @@ class Ptq(Qat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.distillation:
+            raise ConfigError("quantization=ptq trains in float: there is nothing to distil into")
         for scheme in (self.weights, self.activations, self.first_last):
             if scheme is not None and scheme.learned:
                 raise ConfigError(

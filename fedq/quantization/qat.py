@@ -34,6 +34,10 @@ class Qat(Quantization):
       widths: Weight bits of clients of several kinds in one federation, such as 8, 4 and 2; 0 is
         float. Client k has ``widths[k % len(widths)]``, unless its device says otherwise. All train
         one set of weights; ranges, scales and batch statistics are kept per width.
+      distillation: Share of the loss, in [0, 1), that is the divergence from what the float twin of
+        the round's first model says about the client's examples (Polino et al. 2018, ICLR): the
+        received model teaches its own quantized form, and nothing more is sent. Float clients
+        learn from labels alone.
 
     Example:
       >>> import fedq
@@ -60,6 +64,7 @@ class Qat(Quantization):
     first_last: WeightScheme | None = Linear()
     layer_bits: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
+    distillation: float = 0.0
 
     def __post_init__(self) -> None:
         for bits in self.layer_bits:
@@ -71,6 +76,10 @@ class Qat(Quantization):
             raise ConfigError(
                 f"quantization.widths cannot mix widths of {self.weights.name}: its state has"
                 " another shape at each; choose other weights, such as linear or lsq"
+            )
+        if not 0 <= self.distillation < 1:
+            raise ConfigError(
+                f"quantization.distillation must be in [0, 1), not {self.distillation}"
             )
         if self.layer_bits and self.widths:
             raise ConfigError("quantization.layer_bits and .widths exclude each other; use one")
@@ -104,6 +113,7 @@ class Qat(Quantization):
     def _finish(self, prepared: PreparedModel, width: int | None) -> None:
         for module in _quantizers(prepared):
             module.enabled = width != 0
+        prepared.distillation = self.distillation if width != 0 else 0.0
 
     def _weights(self, index: int, edge: bool, width: int | None) -> WeightScheme:
         if self.layer_bits:

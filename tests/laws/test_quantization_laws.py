@@ -381,6 +381,7 @@ def test_ptq_trains_in_float_and_deploys_in_integers() -> None:
         ({"widths": [8, 8]}, "differ"),
         ({"weights": "ternary", "widths": [8, 2]}, "widths of 2 bits, not 8"),
         ({"weights": "codebook", "widths": [2, 4]}, "another shape"),
+        ({"distillation": 1.0}, "distillation must be"),
         ({"layer_bits": [1]}, "not 1"),
         ({"layer_bits": [4], "widths": [4, 8]}, "exclude"),
         ({"weights": "linearr"}, "linear"),

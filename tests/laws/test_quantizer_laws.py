@@ -471,3 +471,30 @@ def test_learned_state_is_trained_but_is_no_weight() -> None:
     decayed = TrainingConfig(learning_rate=0.1, weight_decay=0.5, max_grad_norm=1e-6)
     moved = trainer.train(x, y, decayed, seed=0)
     assert (moved.state != begun).mean() > 0.5  # no clipping of the scales' gradients
+
+
+def test_distillation_pulls_towards_the_float_twin() -> None:
+    """With labels of noise and most of the loss from the twin, outputs stay nearer to the twin's."""
+    from fedq.models import create
+    from fedq.training import Trainer
+    from fedq.training_config import TrainingConfig
+
+    random = np.random.default_rng(0)
+    x = random.normal(size=(64, 6)).astype(np.float32)
+    y = random.integers(0, 3, 64)
+    distances = []
+    for share in (0.0, 0.9):
+        weights = {"name": "linear", "bits": 2}
+        qat = fedq.build(
+            "quantization", "qat", weights=weights, first_last=None, distillation=share
+        )
+        trainer = Trainer(qat.prepare(create(fedq.build("model", "mlp"), (6,), 3)))
+        with torch.no_grad():
+            before = trainer._float_logits(x)
+        config = TrainingConfig(local_epochs=10, learning_rate=0.05)
+        trainer.train(x, y, config, seed=0)
+        trainer.model.eval()
+        with torch.no_grad():
+            after = trainer.model(torch.from_numpy(x))
+        distances.append((after - before).square().mean().item())
+    assert distances[1] < 0.5 * distances[0]
