@@ -474,7 +474,7 @@ def test_learned_state_is_trained_but_is_no_weight() -> None:
 
 
 def test_distillation_pulls_towards_the_float_twin() -> None:
-    """With labels of noise and most of the loss from the twin, outputs stay nearer to the twin's."""
+    """With labels of noise and most of the loss from the twin, outputs stay nearer to its."""
     from fedq.models import create
     from fedq.training import Trainer
     from fedq.training_config import TrainingConfig
