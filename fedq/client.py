@@ -386,7 +386,7 @@ class Client:
         said = context.node_config.get(WIDTH_KEY)
         if said is None or len(variants) == 1:
             return self.site.identity(context) % len(variants)
-        name = f"w{said}" if int(said) else "float"
+        name = "float" if str(said) == "0" else f"w{said}"
         if name not in variants:
             raise ConfigError(
                 f"{WIDTH_KEY}={said} is none of the federation's widths: {', '.join(variants)}"

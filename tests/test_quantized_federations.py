@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 import fedq
 from fedq import config
+from fedq.client import Client
 from fedq.config import conf_directory
+from fedq.errors import ConfigError
 from fedq.layout import Layout
 from fedq.models import create
 from fedq.models.norms import FROZEN, LOCAL
@@ -112,3 +115,21 @@ def test_local_values_come_back(tmp_path: Path) -> None:
     store.keep_local(3, 1, own)
     assert store.local(3, 1, layout) is None  # a resumed round must not see itself
     assert np.array_equal(store.local(3, 2, layout), own)  # type: ignore[arg-type]
+
+
+class _Site:
+    def identity(self, context: Any) -> int:
+        return int(context.node_config["partition-id"])
+
+
+def test_a_device_may_name_its_width() -> None:
+    client, variants = Client(_Site()), ("w8", "w2", "float")  # type: ignore[arg-type]
+
+    def chosen(**config: Any) -> int:
+        node = {"partition-id": 4, **{k.replace("_", "-"): v for k, v in config.items()}}
+        return client._variant(variants, SimpleNamespace(node_config=node))  # type: ignore[arg-type]
+
+    assert chosen() == 4 % 3
+    assert [chosen(weight_bits=bits) for bits in (8, "2", 0)] == [0, 1, 2]
+    with pytest.raises(ConfigError, match="weight-bits=4 is none of .*w8, w2, float"):
+        chosen(weight_bits=4)

@@ -31,7 +31,7 @@ class _Frozen(nn.Module):
     """A module that is always in evaluation mode."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels)  # type: ignore[call-arg]  # the batch normalisation's
+        super().__init__(channels)  # the batch normalisation's
         self.training = False
 
     def train(self, mode: bool = True) -> Self:

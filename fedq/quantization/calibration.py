@@ -41,8 +41,8 @@ def calibrate(model: nn.Module, x: Tensor, batch_size: int = 32) -> None:
     if len(x) == 0:
         raise ConfigError("calibration needs at least one example")
     with _only_observing(model), torch.no_grad():
-        for part in x.split(batch_size):
-            model(part)
+        for i in range(0, len(x), batch_size):
+            model(x[i : i + batch_size])
 
 
 def adaround(
@@ -104,8 +104,8 @@ def _seen(model: nn.Module, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor
 
     handle = layer.register_forward_hook(keep)
     try:
-        for part in x.split(256):
-            model(part)
+        for i in range(0, len(x), 256):
+            model(x[i : i + 256])
     finally:
         handle.remove()
     return torch.cat(inputs), torch.cat(outputs)

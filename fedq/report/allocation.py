@@ -39,17 +39,18 @@ def draw(allocation: Allocation, path: Path) -> None:
     figure = Figure(figsize=(7, 4.4), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for kind, style in (
-        ("front", {"color": COLOURS[0], "marker": "o"}),
-        ("uniform", {"color": FAINT, "marker": "s"}),
-        ("chosen", {"color": COLOURS[1], "marker": "D", "linestyle": "none"}),
+    for kind, colour, style in (
+        ("front", COLOURS[0], "o-"),
+        ("uniform", FAINT, "s-"),
+        ("chosen", COLOURS[1], "D"),
     ):
         points = sorted(
             (point["cost"], 100 * point["accuracy"])
             for point in allocation.measured
             if point["kind"] == kind
         )
-        axes.plot(*zip(*points, strict=True), label=kind, markersize=5, linewidth=1.2, **style)
+        costs, accuracies = zip(*points, strict=True)
+        axes.plot(costs, accuracies, style, color=colour, label=kind, markersize=5, linewidth=1.2)
     axes.axvline(allocation.budget, color=FAINT, linewidth=0.8, linestyle=":")
     axes.set_xlabel(allocation.unit)
     axes.set_ylabel("accuracy on the test set, %")
