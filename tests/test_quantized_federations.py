@@ -131,5 +131,5 @@ def test_a_device_may_name_its_width() -> None:
 
     assert chosen() == 4 % 3
     assert [chosen(weight_bits=bits) for bits in (8, "2", 0)] == [0, 1, 2]
-    with pytest.raises(ConfigError, match="weight-bits=4 is none of .*w8, w2, float"):
+    with pytest.raises(ConfigError, match=r"weight-bits=4 is none of .*w8, w2, float"):
         chosen(weight_bits=4)
