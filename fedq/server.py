@@ -15,6 +15,7 @@ from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
+from fedq.quantization.footprint import footprint
 from fedq.random import derive
 from fedq.results import RunDirectory, versions
 from fedq.strategy import FedQ, RoundReport, ServerState
@@ -219,6 +220,8 @@ class _Server:
         digest = self.directory.save_model(tensors, self.strategy.task)
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
+        self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
+        summary |= footprint(self.trainer.model)
         self.directory.write_summary(summary)
         return summary
 

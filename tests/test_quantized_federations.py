@@ -34,10 +34,13 @@ def _run(path: Path, *overrides: str) -> dict[str, Any]:
     return run_experiment(experiment, path / "run").summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_learns(preset: str, tmp_path: Path) -> None:
     """Chance is 10 %; four rounds give 80 to 98 %."""
     summary = _run(tmp_path, f"quantization={preset}", "rounds=4", "evaluate_every=9")
+    assert summary["weight_bytes"] < 0.8 * 4 * summary["parameters"]
+    assert (summary["zero_weights"] >= 0.2) == (preset in ("pruned8", "ternary", "w2a8", "lsq2"))
     assert summary["rejected"] == {}
     for accuracy in summary.get("accuracy_by_width", {"": summary["accuracy"]}).values():
         assert accuracy > 0.6
