@@ -131,6 +131,30 @@ def _parser() -> argparse.ArgumentParser:
     codecs.add_argument("--out", type=Path, help="directory of picture and JSON (default: codecs)")
     codecs.set_defaults(run=_codecs)
 
+    allocate = commands.add_parser(
+        "allocate",
+        help="bits per layer of a run's model, under a budget",
+        description="Measure how much loss each layer adds at each width, and choose the widths of "
+        "least loss within a budget; write a picture and JSON beside the run.",
+        allow_abbrev=False,
+    )
+    allocate.add_argument("folder", type=Path, metavar="RUN")
+    allocate.add_argument(
+        "--bits", type=float, default=4.0, help="the budget, as mean bits per weight (default: 4)"
+    )
+    allocate.add_argument(
+        "--weights",
+        default="linear range=mse",
+        help="scheme, as NAME or 'NAME OPTION=VALUE ...' (default: linear range=mse)",
+    )
+    allocate.add_argument(
+        "--costs", type=Path, metavar="FILE.json", help="cost by layer and width, such as joules"
+    )
+    allocate.add_argument("--budget", type=float, help="in the unit of --costs, or bytes")
+    allocate.add_argument("--seed", type=int, default=0, help="of the examples (default: 0)")
+    allocate.add_argument("--json", action="store_true", help="machine-readable; no files")
+    allocate.set_defaults(run=_allocate)
+
     report = commands.add_parser(
         "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
     )
@@ -352,6 +376,38 @@ def _keys(options: argparse.Namespace, rest: list[str]) -> int:
     print(f"  server  {str(roster.server)[:16]}")
     for client, keys in sorted(roster.devices.items()):
         print(f"  {client:6}  {str(keys)[:16]}{'  revoked' if client in roster.revoked else ''}")
+    return 0
+
+
+def _allocate(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    from rich.console import Console
+
+    from fedq import config
+    from fedq.allocate import allocate
+    from fedq.report import allocation
+
+    name, *more = options.weights.split()
+    overrides = [f"quantization.weights={name}", *(f"quantization.weights.{o}" for o in more)]
+    scheme = config.load(["quantization=qat", *overrides]).quantization.weights
+    found = allocate(
+        options.folder,
+        bits=options.bits,
+        scheme=scheme,
+        costs=options.costs,
+        budget=options.budget,
+        seed=options.seed,
+    )
+    if options.json:
+        print(found.to_json())
+        return 0
+    console = Console()
+    console.print(allocation.render(found))
+    console.print(f"{found.chosen.cost:,.0f} of {found.budget:,.0f} {found.unit}", highlight=False)
+    picture = options.folder / "allocation.png"
+    allocation.draw(found, picture)
+    picture.with_suffix(".json").write_text(found.to_json() + "\n")
+    print(f"wrote {picture}\nfedq simulate {found.override}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 EMPTY = Layout((), ())
 #: What of a request's metadata decides the model.
 MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
+#: A node's own choice among the federation's weight widths, in bits; 0 is float.
+WIDTH_KEY = "weight-bits"
 
 
 class NoBaseError(FedqError):
@@ -76,6 +78,7 @@ class Task:
       kept: Whether the weights are in the store, for the next request to build on.
       moved: (d,) float32, the weights minus those of the base; an update may be coded beside it.
       privacy: What :meth:`reply` does to the delta before it is encoded.
+      variant: Which kind of client this is; the state is that kind's.
     """
 
     message: Message
@@ -88,6 +91,7 @@ class Task:
     kept: bool = False
     moved: Vector | None = None
     privacy: Privacy = field(default_factory=NoPrivacy)
+    variant: int = 0
 
     @classmethod
     def open(
@@ -117,6 +121,8 @@ class Task:
         state_layout: Layout,
         store: StateStore | None,
         initial: Callable[[], Vector] | None = None,
+        variants: Sequence[str] = ("",),
+        variant: int = 0,
     ) -> Task:
         metadata = envelope.metadata
         if len(envelope.parts) != 2:
@@ -142,17 +148,19 @@ class Task:
         moved = None
         if reference is not None and metadata.get("context") is True:
             moved = weights - reference
+        states = Identity().decode(envelope.parts[1], state_layout.copies(variants))
         return cls(
             message,
             metadata,
             layout,
             state_layout,
             weights,
-            Identity().decode(envelope.parts[1], state_layout),
+            np.split(states, len(variants))[variant],
             registry.from_config("codec", metadata.get("codec")),
             kept,
             moved,
             registry.from_config("privacy", metadata.get("privacy", NoPrivacy.name)),
+            variant,
         )
 
     @property
@@ -235,6 +243,8 @@ class Task:
             metadata["loss"] = float(f"{loss:.6g}")
         if self.kept:
             metadata["kept"] = True
+        if self.variant:
+            metadata["variant"] = self.variant
         answers = [wire.Envelope(metadata, [payloads[0], record])]
         for payload in payloads[1:]:
             beside = {**metadata, "context": self.metadata["base"]}
@@ -333,6 +343,7 @@ class _Request:
     """What one request of the server says: the same for many simulated clients."""
 
     blob: bytes
+    variants: Sequence[str]
     task: Task
     trainer: Trainer
     training: TrainingConfig
@@ -343,7 +354,7 @@ class Client:
     """Trains what the server names on the site's data; one model is kept between messages."""
 
     site: Site
-    _trainer: tuple[str, Trainer] | None = field(default=None, repr=False)
+    _trainers: dict[tuple[str, int], Trainer] = field(default_factory=dict, repr=False)
     _requests: list[_Request] = field(default_factory=list, repr=False)
 
     def train(self, message: Message, context: Context) -> Message:
@@ -393,7 +404,7 @@ class Client:
 
         store = self.site.store(context)
         try:
-            request = self._open(message, blob, store)
+            request = self._open(message, context, blob, store)
         except NoBaseError as error:
             return Task.refuse(message, error)
         task, trainer = dataclasses.replace(request.task, message=message), request.trainer
@@ -414,20 +425,31 @@ class Client:
         if refusal := task.privacy.refusal(len(y), task.about):
             return task.drop(refusal)
         trainer.load(task.weights, task.state)
+        own = trainer.local_layout
+        if own.size and (kept := store.local(client, task.round, own)) is not None:
+            trainer.load_local(kept)
         try:
             trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
+        if own.size:
+            store.keep_local(client, task.round, trainer.local())
+            trained = dataclasses.replace(trained, delta=trainer.weights() - task.weights)
         return task, trained
 
-    def _open(self, message: Message, blob: bytes, store: StateStore) -> _Request:
+    def _open(self, message: Message, context: Context, blob: bytes, store: StateStore) -> _Request:
         # Simulated clients of a round share requests; a worker decodes each once. There are few,
         # and to compare bytes costs less than to hash them.
         for request in self._requests:
             if request.blob == blob:
-                return request
+                variant = self._variant(request.variants, context)
+                if variant == request.task.variant:
+                    return request
         envelope = wire.unseal(blob)
-        trainer = self._trainer_for(envelope.metadata)
+        chosen = registry.from_config("quantization", envelope.metadata.get("quantization"))
+        variants = chosen.variants
+        variant = self._variant(variants, context)
+        trainer = self._trainer_for(envelope.metadata, variant)
         task = Task._of(
             message,
             envelope,
@@ -435,14 +457,16 @@ class Client:
             trainer.state_layout,
             store,
             partial(_initial, envelope.metadata),
+            variants,
+            variant,
         )
         training = TrainingConfig.from_config(task.metadata["training"])
-        request = _Request(blob, task, trainer, training)
+        request = _Request(blob, variants, task, trainer, training)
         self._requests = [r for r in self._requests if r.task.round == task.round]
         self._requests.append(request)
         return request
 
-    def _trainer_for(self, metadata: Mapping[str, Any]) -> Trainer:
+    def _trainer_for(self, metadata: Mapping[str, Any], variant: int) -> Trainer:
         from fedq.training import trainer_for
 
         try:
@@ -450,9 +474,22 @@ class Client:
         except KeyError as error:
             raise FedqError(f"the request names no {error}; client and server differ") from None
         key = json.dumps(spec, sort_keys=True)
-        if self._trainer is None or self._trainer[0] != key:
-            self._trainer = (key, trainer_for(**spec, seed=0))
-        return self._trainer[1]
+        if (key, variant) not in self._trainers:
+            self._trainers = {of: t for of, t in self._trainers.items() if of[0] == key}
+            self._trainers[key, variant] = trainer_for(**spec, seed=0, variant=variant)
+        return self._trainers[key, variant]
+
+    def _variant(self, variants: Sequence[str], context: Context) -> int:
+        """Return which of the kinds of clients this one is: what its device says, or by number."""
+        said = context.node_config.get(WIDTH_KEY)
+        if said is None or len(variants) == 1:
+            return self.site.identity(context) % len(variants)
+        name = "float" if str(said) == "0" else f"w{said}"
+        if name not in variants:
+            raise ConfigError(
+                f"{WIDTH_KEY}={said} is none of the federation's widths: {', '.join(variants)}"
+            )
+        return variants.index(name)
 
 
 def _train(

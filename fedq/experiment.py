@@ -176,6 +176,13 @@ class Experiment:
                 "sealed, masked or integer updates",
             )
         self.privacy.check(self)
+        _check(
+            len(self.quantization.variants) == 1
+            or not (self.sealed or self.secure_aggregation.integers),
+            "sealed=true and secure_aggregation need clients of one kind; quantization.widths must "
+            "be empty",
+            list(self.quantization.variants),
+        )
         if self.secure_aggregation.integers:
             self._check_sums()
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)

@@ -66,7 +66,7 @@ def inline(function: Any) -> Any:
 
 
 def warm_up() -> None:
-    """Compile all kernels (codecs, aggregators, private noise) and keep them where there is a place.
+    """Compile the kernels of codecs, aggregators and noise, and keep them where there is a place.
 
     It takes a minute or two after an installation, and a few seconds from then on. A process that
     finds the kernels on disk starts at once.

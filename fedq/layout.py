@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -65,6 +65,20 @@ class Layout:
         if d < 0:
             raise ConfigError(f"a layout needs d >= 0, not {d}")
         return cls(("x",), ((int(d),),))
+
+    def copies(self, names: Sequence[str]) -> Layout:
+        """Return the layout of several vectors of this layout behind each other; of one, itself.
+
+        Example:
+          >>> Layout.of({"lo": np.zeros(())}).copies(["w8", "w2"]).names
+          ('w8.lo', 'w2.lo')
+        """
+        if len(names) == 1:
+            return self
+        return Layout(
+            tuple(f"{copy}.{name}" for copy in names for name in self.names),
+            self.shapes * len(names),
+        )
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Layout:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 #: Every group and the package (or module) that registers into it: one new file there is one new
 #: name.
 GROUPS: dict[str, str] = {
+    "activation_quantizer": "fedq.quantization.activations",
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
     "codec": "fedq.codecs",
@@ -35,6 +36,7 @@ GROUPS: dict[str, str] = {
     "quantization": "fedq.quantization",
     "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",
+    "weight_quantizer": "fedq.quantization.weights",
 }
 
 _TABLES: dict[str, dict[str, type]] = {group: {} for group in GROUPS}

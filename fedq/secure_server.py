@@ -92,7 +92,8 @@ class _Collection:
         for slot, mean in enumerate(means):
             weight = mean.weight * (_WEIGHTS / total)
             deltas.add(mean.delta, weight, slot)
-            states.add(before.state + mean.state, weight, slot)
+            # Under the mask every entry is a plain mean, whatever its merge rule.
+            states[0].add(strategy.merger.summand(before.state + mean.state), weight, slot)
         losses = [(mean.loss, float(mean.weight)) for mean in means]
         return strategy.conclude(current, deltas, states, losses)
 

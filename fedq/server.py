@@ -22,6 +22,7 @@ from fedq.guard import GuardState
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.privacy.base import PrivacyState
+from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
 from fedq.sealing import Sealing
@@ -96,9 +97,20 @@ class _Server:
         model = registry.to_config(experiment.model)
         quantization = registry.to_config(experiment.quantization)
         shape, classes = list(dataset.input_shape), dataset.classes
-        self.trainer: Trainer = trainer_for(
-            model, quantization, shape, classes, seed=derive(experiment.seed, "model")
-        )
+        variants = experiment.quantization.variants
+        #: One per kind of client; all have the same weights.
+        self.trainers: list[Trainer] = [
+            trainer_for(
+                model,
+                quantization,
+                shape,
+                classes,
+                seed=derive(experiment.seed, "model"),
+                variant=variant,
+            )
+            for variant in range(len(variants))
+        ]
+        self.trainer = self.trainers[0]
         if experiment.privacy.unit is not None:
             private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
@@ -130,6 +142,8 @@ class _Server:
             history=experiment.downlink_history,
             initial=self.trainer.weights(),
             uplink_context=experiment.uplink_context,
+            merge_rules=self.trainer.merge_rules,
+            variants=variants,
             guard=experiment.guard,
             trusted=self._trusted,
             sealing=Sealing(_credentials(experiment)) if experiment.sealed else None,
@@ -140,13 +154,14 @@ class _Server:
 
     def _trusted(self, state: ServerState) -> Vector:
         """Train on the root examples as a client would; return the delta, (d,) float32."""
-        self.trainer.load(state.weights, state.state)
+        self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
         seed = derive(self.experiment.seed, state.round + 1, "root")
         return self.trainer.train(*self.root, self.experiment.training, seed).delta
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
-        state = self.strategy.initial(self.trainer.weights(), self.trainer.state())
+        states = np.concatenate([trainer.state() for trainer in self.trainers])
+        state = self.strategy.initial(self.trainer.weights(), states)
         state = self.strategy.calibrated(self.grid, state, self.experiment.rounds)
         if self.exhausted(state):
             raise ConfigError(
@@ -165,7 +180,7 @@ class _Server:
             tensors=["weights", "state"],
             meta=["layout", "failures", "held", "strangers", "clients", "guard"],
         )
-        layout, state_layout = self.trainer.layout, self.trainer.state_layout
+        layout, state_layout = self.strategy.layout, self.strategy.states_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
         if saved.meta["layout"] != fingerprint:
             raise FedqError(
@@ -216,15 +231,22 @@ class _Server:
 
     def _judge(self, state: ServerState) -> dict[str, Any]:
         start = time.perf_counter()
-        self.trainer.load(state.weights, state.state)
-        deployed = self.trainer.evaluate(self.x_test, self.y_test)
+        states = np.split(state.state, len(self.trainers))
+        for trainer, own in zip(self.trainers, states, strict=True):
+            trainer.load(state.weights, own)
+        deployed = [trainer.evaluate(self.x_test, self.y_test) for trainer in self.trainers]
         twin = self.trainer.evaluate(self.x_test, self.y_test, float_twin=True)
-        return {
-            "accuracy": deployed.accuracy,
+        judged: dict[str, Any] = {
+            "accuracy": deployed[0].accuracy,
             "float_accuracy": twin.accuracy,
-            "loss": deployed.loss,
+            "loss": deployed[0].loss,
             "evaluation_seconds": time.perf_counter() - start,
         }
+        if len(deployed) > 1:
+            names = self.strategy.variants
+            accuracies = [evaluation.accuracy for evaluation in deployed]
+            judged["accuracy_by_width"] = dict(zip(names, accuracies, strict=True))
+        return judged
 
     def _write(self, state: ServerState, report: RoundReport, judged: dict[str, Any]) -> None:
         record = {**dataclasses.asdict(report), "rejected": dict(report.rejected), **judged}
@@ -240,7 +262,7 @@ class _Server:
             f"{BROADCAST_PREFIX}{sent}": np.frombuffer(payload, np.uint8)
             for sent, payload in state.broadcasts.sent.items()
         }
-        layout, state_layout = self.trainer.layout, self.trainer.state_layout
+        layout, state_layout = self.strategy.layout, self.strategy.states_layout
         meta = {
             "layout": layout.fingerprint.hex() + state_layout.fingerprint.hex(),
             "failures": state.failures,
@@ -260,10 +282,12 @@ class _Server:
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Write model and summary."""
         tensors = self.trainer.layout.unflatten(state.weights)
-        tensors |= self.trainer.state_layout.unflatten(state.state)
+        tensors |= self.strategy.states_layout.unflatten(state.state)
         digest = self.directory.save_model(tensors, self.strategy.task)
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
+        self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
+        summary |= footprint(self.trainer.model)
         summary |= self.strategy.statement(state)
         if state.round < self.experiment.rounds:
             summary["stopped"] = (
@@ -313,7 +337,8 @@ def summarise(
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    return {
+    by_width = {key: judged[key] for key in ("accuracy_by_width",) if key in judged}
+    return by_width | {
         "name": experiment.name,
         "accuracy": judged["accuracy"],
         "float_accuracy": judged["float_accuracy"],

@@ -3,6 +3,7 @@
 ::
 
     residual/<client>/000012.f32    what error feedback owes after round 12, (d,) little-endian
+    local/<client>/000012.f32       what the client alone trains, as it was after round 12
     model/000012.f32                the global model received in round 12
     secret/<client>                 keys of a round of secure aggregation under way; owner only
 """
@@ -47,14 +48,20 @@ class StateStore:
 
         A file that is damaged, or of another layout, is passed over with a warning.
         """
-        for server_round, path in _by_round(self._residuals(client)):
-            if server_round < before_round and (values := _read(path, layout)) is not None:
-                return values
-        return np.zeros(layout.size, np.float32)
+        found = self._newest("residual", client, before_round, layout)
+        return np.zeros(layout.size, np.float32) if found is None else found
 
     def keep_residual(self, client: int, server_round: int, residual: Vector) -> None:
         """Write a client's residual of a round and drop older ones."""
-        self._keep(self._residuals(client), server_round, residual, KEPT)
+        self._keep(self._own("residual", client), server_round, residual, KEPT)
+
+    def local(self, client: int, before_round: int, layout: Layout) -> Vector | None:
+        """Return what a client kept of its own before this round, None in its first."""
+        return self._newest("local", client, before_round, layout)
+
+    def keep_local(self, client: int, server_round: int, values: Vector) -> None:
+        """Write what a client alone trains, and drop older ones."""
+        self._keep(self._own("local", client), server_round, values, KEPT)
 
     def model(self, server_round: int, layout: Layout) -> Vector | None:
         """Return the global model received in a round, None if it is not here (any more)."""
@@ -65,9 +72,15 @@ class StateStore:
         if not _path(self._models, server_round).exists():
             self._keep(self._models, server_round, weights, self.models)
 
-    def _residuals(self, client: int) -> Path:
+    def _newest(self, kind: str, client: int, before_round: int, layout: Layout) -> Vector | None:
+        for server_round, path in _by_round(self._own(kind, client)):
+            if server_round < before_round and (values := _read(path, layout)) is not None:
+                return values
+        return None
+
+    def _own(self, kind: str, client: int) -> Path:
         # A folder per client: to list one for thousands of them would cost more than the training.
-        return self.directory / "residual" / str(client)
+        return self.directory / kind / str(client)
 
     def secrets(self, client: int) -> bytes | None:
         """Return what :meth:`keep_secrets` kept for a client."""

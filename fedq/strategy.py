@@ -31,6 +31,7 @@ from fedq.envelope import Opener
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.guard import Guard, GuardState, RejectedError, Watch
 from fedq.layout import Layout, Vector
+from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
@@ -71,7 +72,8 @@ class ServerState:
     Attributes:
       round: Rounds done.
       weights: (d,) float32, the float master of the global model.
-      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics.
+      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics;
+        those of several variants behind each other.
       optimizer: The server optimiser's named arrays.
       failures: Rounds in a row without a quorum.
       broadcasts: What was sent lately, and who holds it.
@@ -131,6 +133,7 @@ class Update:
     loss: float | None
     source: Contribution
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
+    variant: int = 0  #: which of the states it is
 
 
 class Sums(Protocol):
@@ -154,7 +157,7 @@ class FedQ(Strategy):
 
     Args:
       layout: Names and shapes of the trained tensors.
-      state_layout: Names and shapes of what is averaged but not trained.
+      state_layout: Names and shapes of what is averaged but not trained, in one variant.
       codec: How clients encode deltas; named to them in each message.
       downlink: How the global model is encoded.
       aggregator: Combines deltas; the mean streams, so that memory does not grow with clients.
@@ -170,6 +173,9 @@ class FedQ(Strategy):
       initial: (d,) float32 model that clients can build from the seed, to be sent changes to it.
       threads: Threads that decode replies; each holds one decoded update.
       uplink_context: Whether a client codes its delta beside how the model moved since its base.
+      merge_rules: How each tensor of the state is merged; see :mod:`fedq.merging`.
+      variants: Kinds of clients, such as widths of weights: all train the same weights, and each
+        has a state of its own. A request carries all states, a reply the one of its variant.
       guard: What is refused though it is well-formed, and who is not asked again.
       trusted: Trains on the server's own examples, for an aggregator with ``trusted_examples``:
         from the round's state to a delta, (d,) float32.
@@ -203,6 +209,8 @@ class FedQ(Strategy):
         initial: Vector | None = None,
         threads: int = 1,
         uplink_context: bool = False,
+        merge_rules: Sequence[str] = (),
+        variants: Sequence[str] = ("",),
         guard: Guard | None = None,
         trusted: Callable[[ServerState], Vector] | None = None,
         privacy: Privacy | None = None,
@@ -211,6 +219,9 @@ class FedQ(Strategy):
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
+        self.states_layout = self.state_layout.copies(variants)
+        self.variants = tuple(variants)
+        self.merger = Merger(self.state_layout, merge_rules)
         self.codec = codec
         self.aggregator = aggregator or Mean()
         self.server_optimizer = server_optimizer or SGD()
@@ -237,7 +248,7 @@ class FedQ(Strategy):
     def initial(self, weights: Vector, state: Vector | None = None) -> ServerState:
         """Return the state before the first round."""
         if state is None:
-            state = np.zeros(self.state_layout.size, np.float32)
+            state = np.zeros(self.states_layout.size, np.float32)
         optimizer = self.server_optimizer.init(self.layout.size)
         return ServerState(0, weights, state, optimizer, privacy=self.privacy.initial())
 
@@ -372,7 +383,7 @@ class FedQ(Strategy):
             metadata["base"] = base
             if self.uplink_context:
                 metadata["context"] = True
-        state = Identity().encode(before.state, self.state_layout)
+        state = Identity().encode(before.state, self.states_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
@@ -391,7 +402,8 @@ class FedQ(Strategy):
                 return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
-                states.add(state, update.weight, update.slot)
+                state = self.merger.summand(state)
+                states[update.variant].add(state, update.weight, update.slot)
             return update, None
 
         for update, error in in_threads(add, self._opened(replies, current), self.threads):
@@ -408,22 +420,25 @@ class FedQ(Strategy):
             report.rejected["no reply"] += len(current.waiting)
         return self.conclude(current, deltas, states, losses, accepted)
 
-    def streams(self, current: _Round, capacity: int) -> tuple[Stream, Stream]:
-        """Return where up to ``capacity`` updates of a round go: deltas and states."""
+    def streams(self, current: _Round, capacity: int) -> tuple[Stream, list[Stream]]:
+        """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
         about = dataclasses.replace(current.about, cohort=capacity)
         return (
             current.privacy.stream(self.aggregator, about, reference),
-            self.aggregator.for_state.stream(self.state_layout.size, capacity),
+            [
+                self.aggregator.for_state.stream(self.state_layout.size, capacity)
+                for _ in self.variants
+            ],
         )
 
     def conclude(
         self,
         current: _Round,
         deltas: Stream,
-        states: Stream,
+        states: Sequence[Stream],
         losses: list[tuple[float, float]],
         accepted: Sequence[Contribution] = (),
     ) -> ServerState:
@@ -455,7 +470,11 @@ class FedQ(Strategy):
         return after
 
     def _step(
-        self, current: _Round, deltas: Stream, states: Stream, accepted: Sequence[Contribution]
+        self,
+        current: _Round,
+        deltas: Stream,
+        states: Sequence[Stream],
+        accepted: Sequence[Contribution],
     ) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
@@ -466,7 +485,7 @@ class FedQ(Strategy):
         privacy, about = current.privacy, current.about
         entropy = privacy.entropy(about)
         try:
-            delta, state = deltas.result(), states.result()
+            delta, state = deltas.result(), self._merged(before.state, states)
         except ConfigError as error:  # e.g. too few updates for a robust rule
             report.skipped = True
             report.reject("aggregator", str(error))
@@ -485,6 +504,18 @@ class FedQ(Strategy):
                 "lower learning_rate or the server optimiser's rate"
             ) from error
         return ServerState(report.round, weights, state, optimizer, privacy=private)
+
+    def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
+        """Return the states after a round; that of a variant that nobody sent stays."""
+        if len(states) == 1:
+            return self.merger.merged(states[0].result())
+        merged = []
+        for old, stream in zip(np.split(before, len(states)), states, strict=True):
+            try:
+                merged.append(self.merger.merged(stream.result()))
+            except ConfigError:  # too few of this variant
+                merged.append(old)
+        return np.concatenate(merged)
 
     @cached_property
     def _float32(self) -> bytes:
@@ -594,7 +625,10 @@ class FedQ(Strategy):
         weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
         loss = None if loss is None or current.privacy.unit else float(loss)
         source = Contribution(client, examples, within)
-        return Update(node, slot, delta, message.parts[1], weight, loss, source, beside)
+        variant = metadata.get("variant", 0)
+        if type(variant) is not int or not 0 <= variant < len(self.variants):
+            raise DecodeError(f"claims to be of variant {variant!r}")
+        return Update(node, slot, delta, message.parts[1], weight, loss, source, beside, variant)
 
     def _frame(
         self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round

@@ -22,10 +22,14 @@ from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
+from fedq.models.norms import LOCAL
 from fedq.quantization.base import float_twin as computing_in_float
+from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
 from fedq.training_config import TrainingConfig
 
+#: Softens the logits that a quantized network is taught with (Hinton et al. 2015, section 2).
+TEMPERATURE = 2.0
 #: Parameters and buffers of the largest network that a configuration may ask for: 1 GiB in float32.
 MAX_PARAMETERS = 2**28
 
@@ -40,7 +44,7 @@ class Trained:
 
     Attributes:
       delta: (d,) float32, trained weights minus those at the start.
-      state: (s,) float32, float buffers after training.
+      state: (s,) float32, what quantizers learned and float buffers after training.
       examples: Number of training examples.
       loss: Mean loss over the examples of the last epoch, each before the step that it is part of.
       steps: Number of gradient steps.
@@ -65,9 +69,11 @@ class Evaluation:
 class Trainer:
     """A network, its weights in one flat vector, and the loops over data.
 
-    Parameters that do not require gradients and integer buffers are no part of the vectors: the
-    former stay as built, the latter restart with every :meth:`load`. With one torch thread every
-    result is a function of the arguments and the loaded vectors.
+    What quantizers learn (scales, offsets, clips) is trained, but is state and no weight: it goes
+    unrounded, weight decay and the proximal term do not act on it, and its gradient counts in no
+    norm. Parameters that do not require gradients and integer buffers are no part of the vectors:
+    the former stay as built, the latter restart with every :meth:`load`. With one torch thread
+    every result is a function of the arguments and the loaded vectors.
 
     Args:
       model: A network as built by :func:`fedq.models.create`, perhaps prepared by a quantization.
@@ -76,8 +82,11 @@ class Trainer:
     Attributes:
       model: The network.
       layout: Names and shapes of the d trainable parameters, in the network's order.
-      state_layout: Names and shapes of the s persistent float buffers: activation ranges, running
-        statistics of batch normalisation.
+      state_layout: Names and shapes of the state, s numbers: what quantizers learn, and persistent
+        float buffers: activation ranges, running statistics of batch normalisation.
+      merge_rules: How each tensor of the state is merged over clients; see :mod:`fedq.merging`.
+      local_layout: Names and shapes of what a client keeps for itself, weights and state: local
+        batch normalisations.
 
     Raises:
       ConfigError: If a trainable parameter or float buffer is not float32.
@@ -94,16 +103,21 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        merge_rules = _merge_rules(model)
+        learned = {n: trainable.pop(n) for n in merge_rules if n in trainable}
+        parameters = trainable
         persistent = model.state_dict().keys()
         buffers = {n: b for n, b in model.named_buffers() if n in persistent}
         floats = {n: b for n, b in buffers.items() if b.is_floating_point()}
+        floats = {**learned, **floats}
         for name, tensor in {**parameters, **floats}.items():
             if tensor.dtype != torch.float32:
                 raise ConfigError(f"{name} is {tensor.dtype}; train models in float32")
         self.model = model
         self.layout = Layout.of(parameters)
         self.state_layout = Layout.of(floats)
+        self.merge_rules = tuple(merge_rules.get(name, "mean") for name in floats)
         self._parameters = list(parameters.values())
         self._weights, views = _flat_views(self.layout, parameters)
         for parameter, view in zip(self._parameters, views, strict=True):
@@ -112,9 +126,19 @@ class Trainer:
         self._state, views = _flat_views(self.state_layout, floats)
         for buffer, view in zip(floats.values(), views, strict=True):
             buffer.data = view
+        learned_layout = Layout.of(learned)  # the state begins with them
+        self._learned = list(learned.values())
+        self._learned_values = self._state[: learned_layout.size]
+        self._learned_gradient, self._learned_gradients = _flat_views(learned_layout, {})
         self._counters = [
             (b, b.clone()) for n, b in model.named_buffers() if not b.is_floating_point()
         ]
+        inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LOCAL))
+        every = {**parameters, **floats}
+        self._local = [t for n, t in every.items() if inside and n.startswith(inside)]
+        self.local_layout = Layout.of(
+            {n: t for n, t in every.items() if inside and n.startswith(inside)}
+        )
         # NumPy's views of the same memory: copies and differences without torch's overhead.
         self._weights_array: Vector = self._weights.numpy()
         self._state_array: Vector = self._state.numpy()
@@ -122,6 +146,7 @@ class Trainer:
         # Batch normalisation cannot train on one example alone.
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self._smallest_batch = 2 if normalised else 1
+        self._distillation = float(getattr(model, "distillation", 0.0))
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
         """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
@@ -141,6 +166,18 @@ class Trainer:
         np.copyto(self._state_array, state)
         for counter, start in self._counters:
             counter.copy_(start)
+
+    def local(self) -> Vector:
+        """Return a copy of what the client keeps for itself, in the order of its layout."""
+        parts = [tensor.detach().flatten() for tensor in self._local]
+        values: Vector = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+        return values
+
+    def load_local(self, values: Vector) -> None:
+        """Set what the client kept for itself, over what was loaded."""
+        with torch.no_grad():
+            for place, tensor in zip(self.local_layout, self._local, strict=True):
+                tensor.copy_(torch.from_numpy(values[place.slice].reshape(place.shape)))
 
     def weights(self) -> Vector:
         """Return a copy of the weights, (d,) float32."""
@@ -178,10 +215,16 @@ class Trainer:
                 "out, raise batch_size or use a model without it"
             )
         start = self.weights()
-        step = _Sgd(config, self._weights, self._gradient)
+        teacher = self._float_logits(x) if self._distillation else None
+        steps_of = [_Sgd(config, self._weights, self._gradient)]
+        if self._learned:
+            plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
+            steps_of.append(_Sgd(plain, self._learned_values, self._learned_gradient))
         if not self.model.training:
             self.model.train()
         for parameter, view in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = view
+        for parameter, view in zip(self._learned, self._learned_gradients, strict=True):
             parameter.grad = view
         loss, steps = math.nan, 0
         with _seeded(derive(seed, "model")):
@@ -189,12 +232,21 @@ class Trainer:
                 order = generator(derive(seed, epoch, "order")).permutation(len(x))
                 if len(x) % config.batch_size < least:
                     order = order[: len(x) - len(x) % config.batch_size]
-                total = 0.0
+                total, done = 0.0, 0
                 for inputs, labels in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
-                    batch_loss = functional.cross_entropy(self.model(inputs), labels)
+                    self._learned_gradient.zero_()
+                    logits = self.model(inputs)
+                    batch_loss = functional.cross_entropy(logits, labels)
+                    if teacher is not None:
+                        taught = teacher[order[done : done + len(labels)]]
+                        batch_loss = batch_loss.lerp(
+                            _divergence(logits, taught), self._distillation
+                        )
+                        done += len(labels)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
-                    step()
+                    for step in steps_of:
+                        step()
                     total += batch_loss.item() * len(labels)
                     steps += 1
                 loss = total / len(order)
@@ -211,6 +263,14 @@ class Trainer:
                 " max_grad_norm"
             )
         return Trained(delta, state, len(x), loss, steps)
+
+    def _float_logits(self, x: NDArray[np.float32]) -> Tensor:
+        """Return what the float twin says about examples, (n, classes), and go back to training."""
+        self.model.eval()
+        with computing_in_float(self.model), torch.no_grad():
+            parts = [self.model(_channels_last(x[i : i + 500])) for i in range(0, len(x), 500)]
+        self.model.train()
+        return torch.cat(parts)
 
     def evaluate(
         self,
@@ -249,11 +309,12 @@ def trainer_for(
     classes: int,
     *,
     seed: int = 0,
+    variant: int = 0,
 ) -> Trainer:
     """Return the trainer of a model given by its configuration, as it stands in a message.
 
     Server and clients call this with the same arguments, so that they share the layout; weights are
-    drawn from ``seed`` until others are loaded.
+    drawn from ``seed`` until others are loaded. ``variant`` is one of the quantization's.
 
     Raises:
       ConfigError: If a name or option is unknown, the model does not fit the shape, or has more
@@ -264,7 +325,19 @@ def trainer_for(
     shape = registry.convert(input_shape, tuple[int, ...], "input_shape")
     outputs = registry.convert(classes, int, "classes")
     _check_size(chosen, shape, outputs)
-    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed)))
+    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed), variant))
+
+
+def _merge_rules(model: nn.Module) -> dict[str, str]:
+    """Return the merge rule of what quantizers learn and keep, by name; what is learned first."""
+    rules: dict[str, str] = {}
+    for wanted in ("named_parameters", "named_buffers"):
+        for prefix, module in model.named_modules():
+            if isinstance(module, FakeQuantizer):
+                for name, tensor in getattr(module, wanted)(recurse=False):
+                    if tensor.is_floating_point():
+                        rules[f"{prefix}.{name}".lstrip(".")] = module.merge[name]
+    return rules
 
 
 def _check_size(model: Model, input_shape: tuple[int, ...], classes: int) -> None:
@@ -314,6 +387,14 @@ class _Sgd:
                 self.velocity.mul_(config.momentum).add_(gradient)
             gradient = self.velocity
         self.weights.sub_(gradient, alpha=config.learning_rate)
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return T**2 KL(teacher || student) of softened outputs, mean over the batch."""
+    student = functional.log_softmax(logits / TEMPERATURE, 1)
+    taught = functional.log_softmax(teacher / TEMPERATURE, 1)
+    divergence = functional.kl_div(student, taught, reduction="batchmean", log_target=True)
+    return divergence * TEMPERATURE**2
 
 
 def _flat_views(layout: Layout, values: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -150,8 +150,8 @@ def test_the_example_runs_as_a_plug_in(example: Path) -> None:
 # --- docs/codecs.md ------------------------------------------------------------------------------
 
 
-def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fedq_docs", REPOSITORY / "docs" / "make.py")
+def maker(name: str = "make") -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fedq_docs", REPOSITORY / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -172,3 +172,19 @@ def test_the_table_has_every_codec() -> None:
 def test_the_idea_can_be_drawn(tmp_path: Path) -> None:
     maker().idea(tmp_path / "idea.svg")
     assert "<svg" in (tmp_path / "idea.svg").read_text()[:500]
+
+
+# --- docs/quantization.md ------------------------------------------------------------------------
+
+
+def test_the_table_of_weight_quantizers_is_this_version_s() -> None:
+    page = (REPOSITORY / "docs" / "quantization.md").read_text()
+    made = maker("make_quantization")
+    assert made.with_table(page) == page, "run python docs/make_quantization.py"
+
+
+def test_the_page_names_every_quantizer() -> None:
+    page = (REPOSITORY / "docs" / "quantization.md").read_text()
+    for group in ("weight_quantizer", "activation_quantizer"):
+        for name in available(group):
+            assert re.search(rf"`{name}`|={name}\b", page), name

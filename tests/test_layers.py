@@ -14,7 +14,8 @@ import fedq
 LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
-        "downlink state experiment jit threads guard attacks privacy keys secagg envelope sealing",
+        "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
+        "sealing",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
@@ -33,7 +34,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
-    "programs": ("simulation node fleet", "ray matplotlib"),
+    "programs": ("simulation node fleet allocate", "ray matplotlib"),
 }
 
 _IMPORT = """

@@ -46,7 +46,13 @@ def test_gives_finite_logits_and_is_traceable(name: str, options: dict[str, Any]
 def test_holds_float32_parameters_and_no_hidden_state(name: str, options: dict[str, Any]) -> None:
     for _, network in _networks(name, options):
         assert {p.dtype for p in network.parameters()} == {torch.float32}
-        assert list(network.buffers()) == []
+        of_norms = [
+            buffer
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers()
+        ]
+        assert [id(b) for b in network.buffers()] == [id(b) for b in of_norms]
         assert all(p.requires_grad for p in network.parameters())
 
 
@@ -54,6 +60,7 @@ def test_holds_float32_parameters_and_no_hidden_state(name: str, options: dict[s
 def test_examples_do_not_see_each_other(name: str, options: dict[str, Any]) -> None:
     for shape, network in _networks(name, options):
         x = torch.rand(4, *shape)
+        network.eval()  # batch statistics couple examples in training
         torch.testing.assert_close(network(x)[:1], network(x[:1]), rtol=1e-4, atol=1e-5)
 
 
@@ -139,3 +146,26 @@ def test_refuses_values_out_of_range(name: str, options: dict[str, Any]) -> None
 def test_refuses_a_single_class() -> None:
     with pytest.raises(ConfigError, match="2 classes"):
         create(fedq.build("model", "mlp"), (3,), 1)
+
+
+def test_a_low_rank_model_of_full_rank_is_the_model() -> None:
+    """Where factors save nothing layers stay; at high rank their product is the layer."""
+    inner = fedq.build("model", "small_cnn", width=8)
+    exact = create(inner, (1, 12, 12), 4, seed=1)
+    near = create(fedq.build("model", "low_rank", inner=inner, share=0.85), (1, 12, 12), 4, seed=1)
+    far = create(fedq.build("model", "low_rank", inner=inner, share=0.1), (1, 12, 12), 4, seed=1)
+    assert count_parameters(far) < count_parameters(near) < count_parameters(exact)
+    x = torch.rand(64, 1, 12, 12)
+    errors = [(network(x) - exact(x)).square().mean().item() for network in (near, far)]
+    assert errors[0] < errors[1] < exact(x).var().item()
+
+
+def test_low_rank_layers_are_the_best_of_their_rank() -> None:
+    inner = fedq.build("model", "mlp", hidden=(16, 12))
+    matrix = create(inner, (8,), 3).fc2.weight.detach()
+    factored = create(fedq.build("model", "low_rank", inner=inner, share=0.25), (8,), 3).fc2
+    product = factored[1].weight @ factored[0].weight
+    singular = torch.linalg.svdvals(matrix)
+    error = (matrix - product).square().sum()
+    torch.testing.assert_close(error, singular[3:].square().sum(), rtol=1e-4, atol=1e-6)
+    assert factored[1].bias is not None

@@ -127,6 +127,9 @@ def _hostile(kind: str, message: Message, good: Message) -> Message:
     if kind == "seed of another round":
         other = Identity().encode(ZERO, LAYOUT, Identity().client_seed(round_seed(0, 2), 1))
         return raw_reply(message, envelope(meta, other, bytes(parts[1])))
+    if kind in ("no such variant", "true variant"):
+        said = {"no such variant": 1, "true variant": True}[kind]
+        return raw_reply(message, envelope({**meta, "variant": said}, *map(bytes, parts)))
     if kind == "dropped":
         return raw_reply(message, envelope({"round": meta["round"], "dropped": "loss is NaN"}))
     if kind == "error":
@@ -157,6 +160,8 @@ KINDS = {
     "other seed": "seed",
     "seed of another client": "seed",
     "seed of another round": "seed",
+    "no such variant": "malformed",
+    "true variant": "malformed",
     "dropped": "dropped",
     "error": "error",
 }
@@ -275,6 +280,41 @@ def test_a_robust_rule_covers_the_state() -> None:
     fedq = strategy(aggregator=build("aggregator", "median"), state_layout=state_layout)
     after, _ = fedq.run_round(InlineGrid(handle, 9), fedq.initial(ZERO))
     assert 1 <= after.state[0] <= 9
+
+
+STATE = Layout(("lo", "scale"), ((1,), (2,)))
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "median"])
+def test_every_variant_has_its_state_and_every_entry_its_rule(aggregator: str) -> None:
+    """Clients 0 to 2 are of the first variant, 3 of the second, none of the third."""
+    states = np.array([[1, 1, 4], [2, 4, 4], [3, 16, 4], [9, -2, 0]], np.float32)
+
+    def handle(message: Message, partition: int) -> Message:
+        opened = wire.unseal(unpack(message.content))
+        variant = partition // 3
+        task = Task._of(message, opened, LAYOUT, STATE, None, None, "abc", variant)
+        assert np.array_equal(task.state, start[3 * variant : 3 * variant + 3])
+        return task.reply(ZERO, examples=1, client=partition, state=states[partition])
+
+    start = np.arange(9, dtype=np.float32)
+    fedq = strategy(
+        state_layout=STATE,
+        merge_rules=("mean", "log_mean"),
+        variants="abc",
+        aggregator=build("aggregator", aggregator),
+    )
+    after, report = fedq.run_round(InlineGrid(handle, 4), fedq.initial(ZERO, start))
+    assert report.rejected == {}
+    expected = [2, 4, 4, 9, 2, 0, *start[6:]]
+    np.testing.assert_allclose(after.state, expected, rtol=1e-6)
+
+
+def test_merge_rules_fit_the_state() -> None:
+    with pytest.raises(ConfigError, match="merge rule for each of 2"):
+        strategy(state_layout=STATE, merge_rules=("mean",))
+    with pytest.raises(ConfigError, match="log_mean"):
+        strategy(state_layout=STATE, merge_rules=("mean", "logmean"))
 
 
 def test_bytes_of_lost_replies_are_counted() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -18,7 +19,8 @@ class Quantization(abc.ABC):
     Laws of :meth:`prepare`, which make the result safe for federated averaging:
 
     * the parameters are the float network's own, by name, order and identity, besides those that
-      the method itself learns;
+      quantizers learn, which belong to modules of
+      :class:`~fedq.quantization.fake.FakeQuantizer` and are state, not weights;
     * every parameter and persistent buffer is float32 (batch normalisation's counters aside) with a
       shape that is fixed from the start, and finite;
     * :func:`float_twin` gives back the float network's outputs to the bit.
@@ -29,16 +31,27 @@ class Quantization(abc.ABC):
     #: Constructor arguments that the law suite tries.
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the kinds of clients, one for most: they share weights, each has a state."""
+        return ("",)
+
     @abc.abstractmethod
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network that trains with the errors of quantization.
 
         Args:
           model: A float network; it is not changed, and shares its parameters with the result.
+          variant: Which of :attr:`variants`; all have the same parameters and state by name and
+            shape.
 
         Raises:
           ConfigError: If the network cannot be traced, or has layers that cannot be quantized.
         """
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some options changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 @contextmanager

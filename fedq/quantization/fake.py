@@ -1,153 +1,173 @@
 """Fake quantizers: float tensors on an integer grid, with straight-through gradients.
 
 Forward, a value becomes what the integer kernel will see; backward, rounding counts as the identity
-inside the grid's range and as a constant outside (the clipped straight-through estimator of Bengio
-et al. 2013, arXiv:1308.3432, as in Jacob et al. 2018, CVPR). Rounding is half to even, as in ONNX
-and TFLite.
+inside the grid's range and, for the clipped estimator, as a constant outside (Bengio et al. 2013,
+arXiv:1308.3432; Jacob et al. 2018, CVPR). Rounding is half to even, as in ONNX and TFLite.
 """
 
 from __future__ import annotations
 
 import abc
-import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fedq.quantization._kernels import clip_to_grid
 
 #: The smallest scale, so that no division overflows: the smallest normal float32.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 class FakeQuantizer(nn.Module, abc.ABC):
-    """A module that :func:`fedq.quantization.float_twin` can switch off."""
+    """A module that :func:`fedq.quantization.float_twin` can switch off.
+
+    What subclasses learn is a parameter, what they keep is a buffer; both are float32 and of a
+    shape that is known when they are made. Both are *state*: a record beside the weights, which
+    goes unrounded and is merged entry by entry.
+    """
 
     #: Off is the identity, which neither observes nor changes any state.
     enabled: bool = True
+    #: Whether training sees the errors; if not, it only observes (post-training quantization).
+    in_training: bool = True
+    #: How a parameter or buffer is merged over clients, by name: a rule of :mod:`fedq.merging`.
+    merge: ClassVar[Mapping[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantized weight as a device holds it: ``(integers - zero_point) * scale``.
+
+    Attributes:
+      integers: int8, of the weight's shape.
+      scale: float32, positive, of shape (channels, 1, ...) or ().
+      zero_point: int8, of the scale's shape; None for symmetric grids, where it is 0.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """Return the weight, float32."""
+        if self.zero_point is None:
+            return self.integers * self.scale
+        return (self.integers.float() - self.zero_point) * self.scale
 
 
 class WeightQuantizer(FakeQuantizer):
     """A map of a layer's weight, output channels first, to what the device multiplies with.
 
-    Subclasses implement :meth:`quantize`; what they learn is a parameter, what they keep is a
-    float32 buffer, both of a shape that is known when they are made.
+    Every weight quantizer ends on int8: levels that are not equidistant are small integers times a
+    scale, too, so that any int8 kernel runs them, and at most ``2**bits`` of them are used, so that
+    they are stored and sent in ``bits`` bits.
+
+    Args:
+      bits: Width in storage.
     """
 
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
     @abc.abstractmethod
+    def grid(self, weight: Tensor) -> Grid:
+        """Return the deployed weight; :meth:`quantize` gives its values to the bit."""
+
+    def observe(self, weight: Tensor) -> None:
+        """Take note of a training step's weight; most schemes need not."""
+
     def quantize(self, weight: Tensor) -> Tensor:
-        """Return the fake-quantized weight, differentiable."""
+        """Return the fake-quantized weight; the gradient is passed straight through."""
+        with torch.no_grad():
+            values = self.grid(weight).values()
+        return straight_through(weight, values)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight, or the weight itself in the float twin."""
-        return self.quantize(weight) if self.enabled else weight
-
-
-class UniformWeight(WeightQuantizer):
-    """Symmetric integers in ``[-q, q]``, ``q = 2**(bits-1) - 1``, scaled by the largest weight.
-
-    The narrow range has no ``-2**(bits-1)``, so that folding a batch normalisation with a negative
-    gain stays on the grid. As the scale follows the largest weight at every call, nothing is ever
-    clipped, no state is kept, and the straight-through gradient is the identity.
-
-    Args:
-      bits: 2 to 8; 2 bits are the ternary weights -1, 0, 1.
-      per_channel: One scale per output channel, or one for the whole tensor.
-    """
-
-    def __init__(self, bits: int, per_channel: bool) -> None:
-        super().__init__()
-        self.bits = bits
-        self.largest = 2 ** (bits - 1) - 1
-        self.per_channel = per_channel
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """Return the scales, shape (channels, 1, ...) or (), float32 and positive."""
-        size = weight.detach().abs()
-        if self.per_channel:
-            size = size.flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1))
-        else:
-            size = size.amax()
-        return size.div_(self.largest).clamp_min_(SMALLEST_SCALE)
-
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the int8 weight of the deployed layer: ``quantize`` is this times the scale."""
-        return (weight.detach() / self.scale(weight)).round_().to(torch.int8)
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        """Return ``round(weight / scale) * scale``."""
-        out: Tensor = _RoundToGrid.apply(weight, self.scale(weight))  # type: ignore[no-untyped-call]
-        return out
+        if self.enabled:
+            if self.training:
+                self.observe(weight.detach())
+            if self.in_training or not self.training:
+                return self.quantize(weight)
+        return weight
 
 
 class ActivationQuantizer(FakeQuantizer):
-    """Asymmetric integers of ``bits`` bits over a range that grows at once and shrinks slowly.
-
-    In training, ``lo`` and ``hi`` take each batch's smallest and largest value where those lie
-    outside, and else move towards them by ``momentum``: no value of a training batch is clipped. A
-    plain moving average lags while activations grow, and what it clips gets no gradient, which
-    holds the first rounds of a federation back. The range always includes 0, which is exactly
-    representable: ``scale = (hi - lo) / (2**bits - 1)``,
-    ``zero_point = -2**(bits-1) - round(lo / scale)``. While ``lo == hi`` the range is unset and the
-    quantizer is the identity.
+    """A map of a layer's output to multiples of a scale, with zero among them.
 
     Args:
-      bits: 2 to 8.
-      momentum: How far the range shrinks towards the newest batch's, in (0, 1].
+      bits: Width.
+      rectified: Whether the values are not negative.
+
+    Attributes:
+      smallest: Of the integers.
+      largest: Of the integers.
+      rectifies: Whether the ReLU before the quantizer is left to it: clamping at zero is one pass
+        over memory less forward, and one less backward.
     """
 
-    lo: Tensor
-    hi: Tensor
-
-    def __init__(self, bits: int, momentum: float) -> None:
+    def __init__(self, bits: int, rectified: bool) -> None:
         super().__init__()
         self.bits = bits
-        self.momentum = momentum
+        self.rectified = rectified
+        self.rectifies = False
         self.smallest, self.largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.register_buffer("lo", torch.zeros(()))
-        self.register_buffer("hi", torch.zeros(()))
 
+    @abc.abstractmethod
     def qparams(self) -> tuple[float, int] | None:
         """Return the scale (exact in float32) and the zero point, or None while unset."""
-        return self._qparams(self.lo.item(), self.hi.item())
 
-    def _qparams(self, lo: float, hi: float) -> tuple[float, int] | None:
-        # A diverged range stays visible in the buffers; here it must not become an integer.
-        if lo == hi or not math.isfinite(hi - lo):
-            return None
-        lo, hi = min(lo, 0.0), max(hi, 0.0)
-        scale = max(float(np.float32((hi - lo) / (self.largest - self.smallest))), SMALLEST_SCALE)
-        zero_point = self.smallest - round(lo / scale)
-        return scale, min(max(zero_point, self.smallest), self.largest)
+    @abc.abstractmethod
+    def observe(self, x: Tensor) -> None:
+        """Take note of a training batch, as it is before the ReLU if that is left to this."""
+
+    @abc.abstractmethod
+    def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Return ``x`` on the grid, differentiable."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the grid, having moved the range towards it in training."""
-        if not self.enabled:
-            return x
-        lo_buffer, hi_buffer = self.lo, self.hi
-        lo, hi = lo_buffer.item(), hi_buffer.item()
-        if self.training:
-            values = x.detach()
-            low, high = values.amin().item(), values.amax().item()
-            momentum = 1.0 if lo == hi else self.momentum
-            lo = lo_buffer.fill_(min(low, lo + momentum * (low - lo))).item()  # as float32 keeps it
-            hi = hi_buffer.fill_(max(high, hi + momentum * (high - hi))).item()
-        qparams = self._qparams(lo, hi)
-        if qparams is None:
-            return x
-        scale, zero_point = qparams
-        out: Tensor = _ClipToGrid.apply(  # type: ignore[no-untyped-call]
-            x, scale, self.smallest - zero_point, self.largest - zero_point
-        )
-        return out
+        """Return ``x`` on the grid, after a look at it in training."""
+        if self.enabled:
+            if self.training:
+                self.observe(x.detach())
+            if self.in_training or not self.training:
+                qparams = self.qparams()
+                if qparams is not None:
+                    return self.quantize(x, *qparams)
+        return x.relu() if self.rectifies else x
+
+    def codes(self, zero_point: int) -> tuple[int, int]:
+        """Return the smallest and the largest multiple of the scale."""
+        low, high = self.smallest - zero_point, self.largest - zero_point
+        return (max(low, 0) if self.rectifies else low), high
 
 
-class _RoundToGrid(torch.autograd.Function):
-    """``round(x / scale) * scale`` with the identity as gradient; ``x`` must be in range."""
+def straight_through(x: Tensor, values: Tensor) -> Tensor:
+    """Return ``values``, with the gradient of ``x``."""
+    out: Tensor = _StraightThrough.apply(x, values)  # type: ignore[no-untyped-call]
+    return out
+
+
+def clip(x: Tensor, scale: float, low: int, high: int, rectify: bool) -> Tensor:
+    """Return ``clamp(round(x / scale), low, high) * scale`` with the clipped estimator.
+
+    The gradient is 0 where the clamp binds, and below zero if ``x`` was to be rectified.
+    """
+    out: Tensor = _ClipToGrid.apply(x, scale, low, high, rectify)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``values``, with the gradient of ``x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        return x.div(scale).round_().mul_(scale)
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)  # an input as it is would make autograd copy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -158,14 +178,14 @@ class _ClipToGrid(torch.autograd.Function):
     """``clamp(round(x / scale), low, high) * scale``; zero gradient where the clamp binds."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, rectify: bool) -> Tensor:
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
-            ctx.range = (low - 0.5) * scale, (high + 0.5) * scale
-        return x.div(scale).round_().clamp_(low, high).mul_(scale)
+            ctx.range = (0.0 if rectify else (low - 0.5) * scale), (high + 0.5) * scale
+        return clip_to_grid(x, scale, low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         # One fused pass; a mask from comparisons costs six times as much on a CPU.
-        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.range), None, None, None
+        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.range), None, None, None, None

@@ -18,6 +18,6 @@ class NoQuantization(Quantization):
       True
     """
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network itself."""
         return model

@@ -5,11 +5,12 @@ and at the end of each chain ``layer [- batch norm] [- ReLU] [- max pool]`` that
 computes in one go, on sums, products, concatenations, averages and other activations. What only
 moves values (flatten, dropout, max pooling, ...) keeps its input's grid. As the maximum commutes
 with rounding and clipping, a quantizer after a max pooling equals one before it, at a quarter of
-the work.
+the work. A ReLU is left to the quantizer behind it, which clamps anyway.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,25 @@ _COMPUTES = {
 _WEIGHTED_FUNCTIONS = {
     *("linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
+_MOVE_FUNCTIONS = {
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
+    *("getitem", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "expand", "clone"),
+    *(
+        "repeat",
+        "detach",
+        "to",
+        "float",
+        "dropout",
+        "pad",
+        "softmax",
+        "log_softmax",
+        "roll",
+        "flip",
+    ),
+    *("movedim", "swapaxes", "swapdims", "t", "unflatten", "channel_shuffle", "pixel_shuffle"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "amin", "expand_as", "view_as"),
+    *("feature_dropout", "alpha_dropout", "tile", "repeat_interleave", "broadcast_to", *_MAX_POOLS),
 }
 _SHAPE_QUERIES = {"size", "dim", "numel", "ndimension", "getattr", "len"}
 
@@ -89,9 +109,11 @@ class PreparedModel(nn.Module):
 
     Attributes:
       graph: The ``torch.fx`` graph, for exporters: ``fx.GraphModule(prepared, prepared.graph)``.
+      distillation: Share of the loss that the float twin teaches.
     """
 
     graph: fx.Graph
+    distillation: float = 0.0
 
     def __init__(self, tree: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
@@ -105,7 +127,8 @@ class PreparedModel(nn.Module):
             if isinstance(value, Tensor):  # a constant that tracing met
                 self.register_buffer(node.target, value, persistent=False)
         self.graph = graph
-        self._run: Callable[..., Any] = type(fx.GraphModule(self, graph)).forward
+        fused = _leave_relus_to_quantizers(self, graph)
+        self._run: Callable[..., Any] = type(fx.GraphModule(self, fused)).forward
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph."""
@@ -114,20 +137,21 @@ class PreparedModel(nn.Module):
 
 def place(
     model: nn.Module,
-    weight_quantizer: Callable[[nn.Module, bool], WeightQuantizer],
-    activation_quantizer: Callable[[bool], ActivationQuantizer] | None,
+    weight_quantizer: Callable[[Tensor, int, bool], WeightQuantizer],
+    activation_quantizer: Callable[[bool, bool], ActivationQuantizer] | None,
 ) -> PreparedModel:
     """Return a copy of a network, sharing its parameters, with quantizers in place.
 
     Args:
       model: A float network.
-      weight_quantizer: Makes the quantizer of a layer; the flag tells the first and last layer.
-      activation_quantizer: Makes the quantizer of an activation; the flag tells the input and the
-        last layer's output. None leaves activations in float.
+      weight_quantizer: Makes the quantizer of a layer, of its weight and its number in the order
+        of the graph; the flag tells the first and last layer.
+      activation_quantizer: Makes the quantizer of an activation; the flags tell the input and the
+        last layer's output, and what comes out of a ReLU. None leaves activations in float.
 
     Raises:
-      ConfigError: If the network cannot be traced, has a weighted layer that is not
-        ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Linear``, or none of these.
+      ConfigError: If the network cannot be traced, calls an operator that is not known here, has a
+        weighted layer that is not ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Linear``, or none of these.
     """
     if any(isinstance(module, PreparedModel) for module in model.modules()):
         raise ConfigError("the model is already prepared for quantization")
@@ -145,17 +169,24 @@ def place(
     if activation_quantizer is not None:
         _place_activations(tree, graph, layers, activation_quantizer)
     first_or_last = {str(node.target) for node in edges}
-    for name in dict.fromkeys(str(node.target) for node in layers):
-        layer = tree.get_submodule(name)
+    for index, name in enumerate(dict.fromkeys(str(node.target) for node in layers)):
+        layer: Any = tree.get_submodule(name)
         quantized = _shallow_copy(layer, _QUANTIZED[type(layer)])
-        quantized.weight_quantizer = weight_quantizer(layer, name in first_or_last)
+        quantized.weight_quantizer = weight_quantizer(layer.weight, index, name in first_or_last)
         tree.set_submodule(name, quantized)
     return PreparedModel(tree, graph)
 
 
+class _Tracer(fx.Tracer):
+    """A tracer that leaves batch normalisations of other kinds whole, too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BATCH_NORMS) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(tree: nn.Module) -> fx.Graph:
     try:
-        return fx.Tracer().trace(tree)
+        return _Tracer().trace(tree)
     except Exception as error:  # the network's own code runs on proxies: anything may happen
         raise ConfigError(
             f"cannot quantize {type(tree).__name__}: torch.fx cannot trace it ({error}); remove"
@@ -189,7 +220,7 @@ def _place_activations(
     tree: nn.Module,
     graph: fx.Graph,
     layers: list[fx.Node],
-    make: Callable[[bool], ActivationQuantizer],
+    make: Callable[[bool, bool], ActivationQuantizer],
 ) -> None:
     quantizers = nn.ModuleDict()
     inputs = [node for node in graph.find_nodes(op="placeholder") if node.users]
@@ -206,6 +237,8 @@ def _place_activations(
             continue
         module = _module(tree, node)
         computes = kind not in _MOVES if module is not None else kind in _COMPUTES
+        if not computes and node.op in ("call_function", "call_method"):
+            _check_known(tree, node, kind)
         if node in done or not (computes or node in inputs):
             continue
         chain = [node] if node in inputs else _chain(tree, node)
@@ -213,12 +246,51 @@ def _place_activations(
         key = "input" if inputs == [node] else chain[-1].name
         if hasattr(quantizers, key):
             key += "_quantizer"
-        quantizers[key] = make(node in inputs or node is layers[-1])
+        rectified = not {"ReLU", "ReLU6", "relu", "relu6"}.isdisjoint(
+            _kind(tree, part) for part in chain
+        )
+        quantizers[key] = make(node in inputs or node is layers[-1], rectified)
         with graph.inserting_after(chain[-1]):
             quantized = graph.call_module(f"{ACTIVATIONS}.{key}", (chain[-1],))
         chain[-1].replace_all_uses_with(quantized)
         quantized.args = (chain[-1],)  # that call replaced this use too
     tree.add_module(ACTIVATIONS, quantizers)
+
+
+def _check_known(tree: nn.Module, node: fx.Node, kind: str) -> None:
+    """Refuse an operator of which nothing is known: its output might need a grid of its own."""
+    if kind not in _MOVE_FUNCTIONS:
+        path = list(node.meta.get("nn_module_stack", {}))[-1:] or [""]
+        where = f"in module '{path[0]}'" if path[0] else "in the model's own forward"
+        raise ConfigError(
+            f"cannot quantize {type(tree).__name__}: operator '{kind}' {where} is not supported;"
+            " use a module of torch.nn in its place, or quantization=none"
+        )
+
+
+def _leave_relus_to_quantizers(model: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """Return the graph without the ReLUs that are followed by a quantizer, which rectifies.
+
+    Max pooling in between commutes with both.
+    """
+    fused = copy.deepcopy(graph)
+    for node in list(fused.nodes):
+        quantizer = _module(model, node)
+        if not (isinstance(quantizer, ActivationQuantizer) and quantizer.rectified):
+            continue
+        source = node.args[0]
+        while isinstance(source, fx.Node) and _kind(model, source) in _MAX_POOLS and source.args:
+            source = source.args[0]
+        if (
+            isinstance(source, fx.Node)
+            and _kind(model, source) in ("ReLU", "relu")
+            and len(source.users) == 1
+            and isinstance(source.args[0] if source.args else None, fx.Node)
+        ):
+            source.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
+            fused.erase_node(source)
+            quantizer.rectifies = True
+    return fused
 
 
 def _chain(tree: nn.Module, node: fx.Node) -> list[fx.Node]:
@@ -255,10 +327,10 @@ def _kind(tree: nn.Module, node: fx.Node) -> str:
 def _shallow_copy(module: nn.Module, cls: type[nn.Module] | None = None) -> Any:
     """Return a module with its own tree of submodules and the same parameters and buffers."""
     cls = cls or type(module)
-    copy = cls.__new__(cls)
-    copy.__dict__.update(
+    twin = cls.__new__(cls)
+    twin.__dict__.update(
         {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()}
     )
     for name, child in module._modules.items():
-        copy._modules[name] = None if child is None else _shallow_copy(child)
-    return copy
+        twin._modules[name] = None if child is None else _shallow_copy(child)
+    return twin

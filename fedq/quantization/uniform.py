@@ -8,21 +8,21 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fedq.errors import ConfigError
+from fedq.quantization.activations.range import Range
 from fedq.quantization.base import Quantization
-from fedq.quantization.fake import ActivationQuantizer, UniformWeight
-from fedq.quantization.placement import place
+from fedq.quantization.qat import Qat
+from fedq.quantization.weights.linear import Linear
 from fedq.registry import register
-
-_EDGE_BITS = 8  # of the input and the logits: sensors and argmax both want their resolution
 
 
 @register("quantization", "uniform")
 class Uniform(Quantization):
     """Integer weights and activations, as int8 kernels of microcontrollers and phones compute.
 
-    Weights are symmetric in the narrow range with the largest weight at its end (no state);
-    activations are asymmetric over a range that follows the batches': two float32 buffers
-    ``activation_quantizers.NAME.lo`` and ``.hi`` each, zero while unset.
+    The short form of ``qat`` with weights ``linear`` and activations ``range``: symmetric weights
+    with the largest at the end of the grid, asymmetric activations over a range that follows the
+    batches': two float32 buffers ``activation_quantizers.NAME.lo`` and ``.hi`` each, zero while
+    unset.
 
     Args:
       weight_bits: 2 to 8.
@@ -67,14 +67,15 @@ class Uniform(Quantization):
                 f"quantization.range_momentum must be in (0, 1], not {self.range_momentum}"
             )
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network with uniform fake quantizers."""
-        return place(model, self._weight, self._activation if self.activation_bits else None)
+        return self.as_qat().prepare(model, variant)
 
-    def _weight(self, layer: nn.Module, edge: bool) -> UniformWeight:
-        bits = self.first_last_bits if edge else self.weight_bits
-        return UniformWeight(bits, self.per_channel)
-
-    def _activation(self, edge: bool) -> ActivationQuantizer:
-        bits = _EDGE_BITS if edge else self.activation_bits
-        return ActivationQuantizer(bits, self.range_momentum)
+    def as_qat(self) -> Qat:
+        """Return the same quantization, spelled out."""
+        weights = Linear(bits=self.weight_bits, per_channel=self.per_channel)
+        activations = None
+        if self.activation_bits:
+            activations = Range(bits=self.activation_bits, momentum=self.range_momentum)
+        first_last = weights.at(self.first_last_bits)
+        return Qat(weights=weights, activations=activations, first_last=first_last)

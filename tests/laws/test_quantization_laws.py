@@ -16,7 +16,9 @@ import fedq
 from fedq.errors import ConfigError
 from fedq.models import create
 from fedq.quantization import float_twin
-from fedq.quantization.fake import ActivationQuantizer, UniformWeight
+from fedq.quantization.activations.range import Range, RangeActivation
+from fedq.quantization.fake import ActivationQuantizer, WeightQuantizer
+from fedq.quantization.weights.linear import Linear
 from fedq.registry import from_config, table, to_config
 
 CASES = [
@@ -150,7 +152,8 @@ class TestLaws:
             if not key.startswith("unused"):
                 assert parameter.grad is not None, key
                 assert torch.isfinite(parameter.grad).all(), key
-                assert parameter.grad.any(), key
+                # An offset learns from what is clipped, of which a first batch may have nothing.
+                assert parameter.grad.any() or key.endswith(".offset"), key
 
     def test_a_deep_copy_stands_alone(
         self, name: str, options: dict[str, Any], network: str
@@ -199,7 +202,7 @@ def test_first_and_last_layers_keep_their_own_bits() -> None:
     prepared = fedq.build(
         "quantization", "uniform", weight_bits=3, activation_bits=5, first_last_bits=7
     ).prepare(model)
-    weights = [m.bits for m in prepared.modules() if isinstance(m, UniformWeight)]
+    weights = [m.bits for m in prepared.modules() if isinstance(m, WeightQuantizer)]
     activations = [m.bits for m in prepared.modules() if isinstance(m, ActivationQuantizer)]
     assert weights == [7, 3, 7]
     assert activations == [8, 5, 5, 8]
@@ -287,6 +290,109 @@ def test_networks_that_cannot_be_quantized_are_refused(model: nn.Module, hint: s
     assert fedq.build("quantization", "none").prepare(model) is model
 
 
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0(self.fc(x))
+
+
+def test_an_unknown_operator_is_named_with_its_module() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Unknown()))
+    with pytest.raises(ConfigError, match=r"'special_i0' in module '1\.0'"):
+        fedq.build("quantization", "uniform").prepare(network)
+
+
+def test_uniform_is_the_short_form_of_qat() -> None:
+    x = _batch("small_cnn")
+    uniform = fedq.build("quantization", "uniform", weight_bits=4, activation_bits=5)
+    for quantization in (uniform, uniform.as_qat()):
+        prepared = quantization.prepare(_network("small_cnn"))
+        prepared.train()(x).square().sum().backward()
+        gradients = [p.grad for p in prepared.parameters()]
+        outcome = [prepared.eval()(x), *prepared.buffers(), *gradients]
+        if quantization is uniform:
+            expected = outcome
+    assert all(torch.equal(a, b) for a, b in zip(outcome, expected, strict=True))
+
+
+def test_the_relu_left_to_a_quantizer_changes_nothing(network: str) -> None:
+    """The clean graph, ReLUs and all, gives the same values and gradients."""
+    x = _batch(network, 16)
+    outcomes = []
+    for fused in (True, False):
+        prepared = fedq.build("quantization", "uniform").prepare(_network(network))
+        rectifying = [m for m in prepared.modules() if getattr(m, "rectifies", False)]
+        assert rectifying
+        if not fused:
+            for module in rectifying:
+                module.rectifies = False  # type: ignore[assignment]
+            prepared._run = type(fx.GraphModule(prepared, prepared.graph)).forward  # type: ignore[arg-type]
+        prepared.train()
+        for _ in range(2):
+            prepared.zero_grad()
+            prepared(x).square().sum().backward()
+        gradients = [p.grad for p in prepared.parameters() if p.grad is not None]
+        outcomes.append([prepared.eval()(x), *prepared.buffers(), *gradients])
+    assert len(outcomes[0]) == len(outcomes[1])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_layer_bits_are_those_of_the_layers() -> None:
+    network = create(fedq.build("model", "mlp", hidden=(8, 8)), (4,), 3)
+    qat = fedq.build("quantization", "qat", layer_bits=[4, 2, 8])
+    prepared = qat.prepare(network)
+    assert [m.bits for m in prepared.modules() if isinstance(m, WeightQuantizer)] == [4, 2, 8]
+    with pytest.raises(ConfigError, match="names 2 layers, but the model has 3"):
+        fedq.build("quantization", "qat", layer_bits=[4, 2]).prepare(network)
+
+
+def test_variants_share_weights_and_layout_of_state() -> None:
+    network = _network("small_cnn")
+    qat = fedq.build("quantization", "qat", weights="lsq", widths=[8, 2, 0])
+    assert qat.variants == ("w8", "w2", "float")
+    prepared = [qat.prepare(network, variant) for variant in range(3)]
+    shapes = [{k: v.shape for k, v in p.state_dict().items()} for p in prepared]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert all(p.get_parameter("conv1.weight") is network.conv1.weight for p in prepared)
+    x = _batch("small_cnn")
+    assert torch.equal(prepared[2].train()(x), network(x))
+    assert not torch.equal(prepared[1].eval()(x), network(x))
+
+
+def test_ptq_trains_in_float_and_deploys_in_integers() -> None:
+    network, x = _network("residual").train(), _batch("residual")
+    twin = copy.deepcopy(network)
+    prepared = fedq.build("quantization", "ptq", weights={"bits": 3, "name": "linear"})
+    prepared = prepared.prepare(network).train()
+    assert torch.equal(prepared(x), twin(x))
+    assert all(m.qparams() for m in prepared.modules() if isinstance(m, ActivationQuantizer))
+    assert not torch.equal(prepared.eval()(x), twin.eval()(x))
+    with pytest.raises(ConfigError, match="weight_quantizer lsq is learned"):
+        fedq.build("quantization", "ptq", weights="lsq")
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"widths": [8, 9]}, "not 9"),
+        ({"widths": [8, 8]}, "differ"),
+        ({"weights": "ternary", "widths": [8, 2]}, "widths of 2 bits, not 8"),
+        ({"weights": "codebook", "widths": [2, 4]}, "another shape"),
+        ({"distillation": 1.0}, "distillation must be"),
+        ({"layer_bits": [1]}, "not 1"),
+        ({"layer_bits": [4], "widths": [4, 8]}, "exclude"),
+        ({"weights": "linearr"}, "linear"),
+        ({"activations": {"name": "range", "bits": 3}}, "not 3"),
+    ],
+)
+def test_wrong_compositions_are_refused(options: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        fedq.build("quantization", "qat", **options)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -320,9 +426,9 @@ def test_weights_are_integers_times_scale(
     per_channel: bool, values: list[float], bits: int
 ) -> None:
     weight = torch.tensor(values).reshape(2, 3, 1)
-    quantizer = UniformWeight(bits, per_channel)
-    out, scale = quantizer(weight), quantizer.scale(weight)
-    integers = quantizer.integers(weight)
+    quantizer = Linear(bits=bits, per_channel=per_channel).quantizer(weight)
+    grid, out = quantizer.grid(weight), quantizer(weight)
+    integers, scale = grid.integers, grid.scale
     assert scale.shape == ((2, 1, 1) if per_channel else ())
     assert (scale > 0).all()
     assert int(integers.abs().max()) <= 2 ** (bits - 1) - 1
@@ -334,7 +440,7 @@ def test_weights_are_integers_times_scale(
 
 def test_the_largest_weight_of_each_channel_is_kept() -> None:
     weight = torch.randn(16, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    largest = UniformWeight(8, per_channel=True).integers(weight).flatten(1).abs().amax(1)
+    largest = Linear().quantizer(weight).grid(weight).integers.flatten(1).abs().amax(1)
     assert (largest == 127).all()
 
 
@@ -342,19 +448,19 @@ def test_folding_batch_norm_keeps_the_integers_up_to_sign() -> None:
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 8, 3, 3, generator=random)
     gain = torch.randn(64, 1, 1, 1, generator=random)
-    quantizer = UniformWeight(8, per_channel=True)
-    folded = quantizer.integers(weight * gain) * gain.sign()
+    grid = Linear().quantizer(weight).grid
+    folded = grid(weight * gain).integers * gain.sign()
     # Products round in float32: a weight within 1e-5 of a tie may fall to either side of it.
-    steps = weight / quantizer.scale(weight)
+    steps = weight / grid(weight).scale
     tie = ((steps - steps.floor() - 0.5).abs() < 1e-4).expand_as(folded)
-    assert torch.equal(folded[~tie], quantizer.integers(weight)[~tie].float())
+    assert torch.equal(folded[~tie], grid(weight).integers[~tie].float())
     assert tie.float().mean() < 1e-3
 
 
 def test_the_weight_gradient_is_passed_straight_through() -> None:
     weight = torch.randn(4, 5, requires_grad=True)
     upstream = torch.randn(4, 5)
-    UniformWeight(3, per_channel=True)(weight).backward(upstream)
+    Linear(bits=3).quantizer(weight)(weight).backward(upstream)
     assert weight.grad is not None
     assert torch.equal(weight.grad, upstream)
 
@@ -362,8 +468,8 @@ def test_the_weight_gradient_is_passed_straight_through() -> None:
 # --- uniform: activations ---------------------------------------------------------------------
 
 
-def _quantizer(lo: float, hi: float, bits: int = 8) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(bits, momentum=0.1).eval()
+def _quantizer(lo: float, hi: float, bits: int = 8) -> RangeActivation:
+    quantizer = RangeActivation(Range(bits=bits, momentum=0.1)).eval()
     quantizer.lo.fill_(lo)
     quantizer.hi.fill_(hi)
     return quantizer
@@ -421,7 +527,7 @@ def test_the_activation_gradient_is_one_inside_the_range_and_zero_outside(
 
 
 def test_ranges_grow_at_once_and_shrink_slowly() -> None:
-    quantizer = ActivationQuantizer(8, momentum=0.25).train()
+    quantizer = RangeActivation(Range(bits=8, momentum=0.25)).train()
     quantizer(torch.tensor([-1.0, 3.0]))
     assert (quantizer.lo.item(), quantizer.hi.item()) == (-1.0, 3.0)
     quantizer(torch.tensor([-3.0, 1.0]))
@@ -429,7 +535,7 @@ def test_ranges_grow_at_once_and_shrink_slowly() -> None:
 
 
 def test_an_unset_range_is_the_identity() -> None:
-    quantizer, x = ActivationQuantizer(4, momentum=0.1), torch.randn(9)
+    quantizer, x = RangeActivation(Range(bits=4, momentum=0.1)), torch.randn(9)
     assert quantizer.eval()(x) is x
     quantizer.train()(torch.zeros(9))
     assert quantizer.eval()(x) is x
@@ -437,7 +543,7 @@ def test_an_unset_range_is_the_identity() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_range_stays_visible(value: float) -> None:
-    quantizer = ActivationQuantizer(8, momentum=0.1).train()
+    quantizer = RangeActivation(Range(bits=8, momentum=0.1)).train()
     quantizer(torch.tensor([0.0, 1.0]))
     quantizer(torch.tensor([0.0, value]))
     assert not torch.isfinite(quantizer.hi)

@@ -1,0 +1,1 @@
+"""Activation quantizers: one file per scheme; see :mod:`fedq.quantization.activations.base`."""

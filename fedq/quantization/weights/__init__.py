@@ -1,0 +1,1 @@
+"""Weight quantizers: one file per scheme; see :class:`fedq.quantization.weights.base`."""

@@ -1,0 +1,60 @@
+"""An allocation of bits as a table for the terminal and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from fedq.report.plots import COLOURS, FAINT
+
+if TYPE_CHECKING:
+    from fedq.allocate import Allocation
+
+
+def render(allocation: Allocation) -> Table:
+    """Return one row per layer."""
+    table = Table(box=box.SIMPLE)
+    for heading in ("layer", "weights", "bits", "added loss"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    rows = zip(
+        allocation.layers,
+        allocation.weights,
+        allocation.chosen.bits,
+        allocation.losses,
+        strict=True,
+    )
+    for name, weights, bits, losses in rows:
+        table.add_row(name, f"{weights:,}", str(bits), f"{losses[bits]:.2g}")
+    return table
+
+
+def draw(allocation: Allocation, path: Path) -> None:
+    """Draw accuracy against cost: the Pareto front beside uniform widths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind, colour, style in (
+        ("front", COLOURS[0], "o-"),
+        ("uniform", FAINT, "s-"),
+        ("chosen", COLOURS[1], "D"),
+    ):
+        points = sorted(
+            (point["cost"], 100 * point["accuracy"])
+            for point in allocation.measured
+            if point["kind"] == kind
+        )
+        costs, accuracies = zip(*points, strict=True)
+        axes.plot(costs, accuracies, style, color=colour, label=kind, markersize=5, linewidth=1.2)
+    axes.axvline(allocation.budget, color=FAINT, linewidth=0.8, linestyle=":")
+    axes.set_xlabel(allocation.unit)
+    axes.set_ylabel("accuracy on the test set, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
