@@ -27,6 +27,7 @@ GROUPS: dict[str, str] = {
     "codec": "fedq.codecs",
     "data": "fedq.data",
     "engine": "fedq.engines",
+    "exporter": "fedq.export",
     "model": "fedq.models",
     "partition": "fedq.data.partitions",
     "privacy": "fedq.privacy",

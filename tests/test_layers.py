@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
     "learning": (
-        "models quantization training accelerate",
+        "models quantization training accelerate export",
         "flwr hydra omegaconf ray rich matplotlib",
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
