@@ -125,7 +125,7 @@ class _Converter:
         source = self._value(node.all_input_nodes[0])
         output = self._output(chain)
         weights = _weights(layer, str(node.target), norm, source.grid, output.grid)
-        common = {"path": str(node.target), "inputs": (source,), "output": output}
+        common: dict[str, Any] = {"path": str(node.target), "inputs": (source,), "output": output}
         activation = self._fused(chain)
         if isinstance(layer, nn.Linear):
             if len(source.shape) != 1:
@@ -192,7 +192,7 @@ class _Converter:
         extents = len(source.shape) - 1
         module, keep = self._module(node), True
         if module is not None:
-            whole = set(_tuple(module.output_size, extents)) == {1}  # type: ignore[arg-type]
+            whole = set(_tuple(module.output_size, extents)) == {1}
         else:
             where = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             axes = _tuple(where, extents) if where is not None else ()

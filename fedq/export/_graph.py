@@ -162,8 +162,7 @@ class Graph:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of all int8 values that live at once, at most: what an arena needs without reuse
-        inside an operator."""
+        """Bytes of all int8 values that live at once, at most: the least that an arena needs."""
         last = {value: i for i, op in enumerate(self.operators) for value in op.inputs}
         last[self.output] = len(self.operators)
         peak, live = 0, {self.input}

@@ -82,7 +82,7 @@ def release(
         _gate.check(parity, graph, exporter)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
-        report = {
+        report: dict[str, Any] = {
             "file": exporter.file,
             "exporter": exporter.name,
             "runtime": {exporter.runtime: metadata.version(exporter.runtime)},

@@ -94,7 +94,7 @@ class C(Exporter):
         source, result = interpreter.get_input_details(0), interpreter.get_output_details(0)
 
         def put(x: NDArray[Any]) -> None:
-            integers = runner.to_integers(x, *_grid(source), source["dtype"])
+            integers = runner.to_integers(x, *_grid(source), dtype=source["dtype"])
             interpreter.set_input(integers.reshape(source["shape"]), 0)
 
         def get() -> NDArray[Any]:

@@ -184,12 +184,11 @@ class _Writer:
         return f"{value.name}_integers"
 
     def _grid(self, value: Value) -> tuple[str, str]:
-        zero: NDArray[Any] = np.int8(value.grid.zero_point)
-        if self.unsigned:
-            zero = np.uint8(value.grid.zero_point + 128)
+        zero = value.grid.zero_point
+        integers = np.uint8(zero + 128) if self.unsigned else np.int8(zero)
         scale = np.float32(value.grid.scale)
         return self._constant(f"{value.name}_scale", scale), self._constant(
-            f"{value.name}_zero", zero
+            f"{value.name}_zero", integers
         )
 
     def _weights(self, op: _graph.Conv | _graph.Linear) -> list[str]:

@@ -238,7 +238,7 @@ def tflite(interpreter: Any) -> Network:
     (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def put(x: Array) -> None:
-        x = to_integers(x, *source["quantization"], source["dtype"])
+        x = to_integers(x, *source["quantization"], dtype=source["dtype"])
         interpreter.set_tensor(source["index"], x.reshape(source["shape"]))
 
     def get() -> Array:
