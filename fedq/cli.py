@@ -159,6 +159,14 @@ def _parser() -> argparse.ArgumentParser:
         help="take activation ranges from N training examples (default: the run's own ranges, or "
         "512 examples if it has none)",
     )
+    export.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="largest difference of a logit that passes, in output steps (default: 1); roundings "
+        "add up in very deep networks",
+    )
     export.add_argument("--json", action="store_true", help="machine-readable")
     export.set_defaults(run=_export)
 
@@ -348,7 +356,9 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     released = []
     for exporter in exporters:
         with progress.steps(Console(stderr=True)) as watch:
-            released.append(release(network, exporter, folder / exporter.name, watch))
+            released.append(
+                release(network, exporter, folder / exporter.name, watch, options.steps)
+            )
     if options.json:
         print(exports.to_json(released))
         return 0

@@ -38,7 +38,11 @@ class Released:
 
 
 def release(
-    source: Source, exporter: Exporter, folder: Path, watch: Watch = lambda *step: None
+    source: Source,
+    exporter: Exporter,
+    folder: Path,
+    watch: Watch = lambda *step: None,
+    steps: int = _gate.STEPS,
 ) -> Released:
     """Write a network for a runtime, and release it if it passes the parity gate.
 
@@ -50,6 +54,7 @@ def release(
       exporter: The runtime.
       folder: Made if it is not there.
       watch: Told what is being done.
+      steps: Largest difference of a logit that passes, in steps of the output's grid.
 
     Raises:
       ConfigError: If the runtime is not installed, or the network has no integer form.
@@ -79,7 +84,7 @@ def release(
         exporter.write(graph, twin, integer=False)
         watch(2, 4, f"{exporter.name}: executing")
         parity = _gate.compare(exporter, model, graph, x, simulated)
-        _gate.check(parity, graph, exporter)
+        _gate.check(parity, graph, exporter, steps)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
         report: dict[str, Any] = {

@@ -153,7 +153,7 @@ def _read_data(path: Path, limit: int | None) -> tuple[Array, Array | None, Arra
     """Return examples, their labels if any, and the classes' names if they are there."""
     names = "x_test", "x", "y_test", "y", "y_train"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             held = {name: file[name] for name in names if name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunnerError(f"cannot read {path}: {error}") from None
@@ -237,8 +237,10 @@ def tflite(interpreter: Any) -> Network:
     interpreter.allocate_tensors()
     (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 
+    scale, zero_point = source["quantization"]
+
     def put(x: Array) -> None:
-        x = to_integers(x, *source["quantization"], dtype=source["dtype"])
+        x = to_integers(x, scale, zero_point, source["dtype"])
         interpreter.set_tensor(source["index"], x.reshape(source["shape"]))
 
     def get() -> Array:
