@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         required=True,
         metavar="NAME[,NAME...]",
-        help="litert, onnx, ...: see docs/export.md",
+        help="runtimes, as listed below",
     )
     export.add_argument("--out", type=Path, help="directory (default: RUN/export); one per runtime")
     export.add_argument(
@@ -189,10 +189,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lists the choices below the help of ``simulate``, which imports every registered class."""
+    """Lists the choices below the help of ``simulate`` and ``export``; that imports the classes."""
 
     def format_help(self) -> str:
         """Return the help, and the choices where there are any."""
+        if self.prog.endswith(" export"):
+            from fedq.registry import table
+
+            lines = [
+                f"  {name:12}{cls.device}\n{'':14}pip install 'fedq[{cls.extra}]'"  # type: ignore[attr-defined]
+                for name, cls in table("exporter").items()
+            ]
+            return "\n".join([super().format_help(), "runtimes:", *lines, ""])
         if not self.prog.endswith(" simulate"):
             return super().format_help()
         from fedq import config

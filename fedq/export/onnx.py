@@ -65,8 +65,8 @@ class Onnx(Exporter):
 
 
 def _count(graph: Any) -> Operators:
-    """A node computes in float if anything that it reads was dequantized, or computed in float."""
-    floats: set[str] = set()
+    """A node computes in float if it reads the input, what was dequantized or computed in float."""
+    floats = {value.name for value in graph.input}
     integer: Counter[str] = Counter()
     fallback: Counter[str] = Counter()
     for node in graph.node:

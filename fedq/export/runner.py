@@ -105,7 +105,7 @@ def classify(model: Path, data: Path, limit: int | None = None, threads: int = 1
         "accuracy": None if y is None else float((classes == y).mean()),
         "latency_us": 1e6 * float(np.median(times)),
         "memory_mb": _peak_mb() - before,
-        "torch": "torch" in sys.modules,
+        "torch": sys.modules.get("torch") is not None,
     }
 
 
