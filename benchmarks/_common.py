@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("fedq", "flwr", "torch", "numpy", "numba", "ray", "pfl", "byzfl")
+PACKAGES = (
+    *("fedq", "flwr", "torch", "numpy", "numba", "ray", "pfl", "byzfl"),
+    *("onnxruntime", "ai-edge-litert", "tflite-micro", "openvino", "executorch"),
+)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

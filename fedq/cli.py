@@ -155,6 +155,46 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--json", action="store_true", help="machine-readable; no files")
     allocate.set_defaults(run=_allocate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a run's model for a device's runtime, and check it there",
+        description="Write a run's quantized model for a device's runtime. The file is executed on "
+        "the test set, and released only if it computes what was trained, in integers.",
+        epilog="examples: fedq export runs/mine --to litert    "
+        "fedq export runs/float_run --to onnx,c --calibrate 500",
+        allow_abbrev=False,
+    )
+    export.add_argument("directory", type=Path, metavar="RUN")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="NAME[,NAME...]",
+        help="runtimes, as listed below",
+    )
+    export.add_argument("--out", type=Path, help="directory (default: RUN/export); one per runtime")
+    export.add_argument(
+        "--quantization",
+        help="post-training quantization, as NAME or 'NAME OPTION=VALUE ...' (default: the run's "
+        "own, int8 for a float run)",
+    )
+    export.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="N",
+        help="take activation ranges from N training examples (default: the run's own ranges, or "
+        "512 examples if it has none)",
+    )
+    export.add_argument(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="largest difference of a logit that passes, in output steps (default: 1); roundings "
+        "add up in very deep networks",
+    )
+    export.add_argument("--json", action="store_true", help="machine-readable")
+    export.set_defaults(run=_export)
+
     report = commands.add_parser(
         "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
     )
@@ -199,10 +239,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lists the choices below the help of ``simulate``, which imports every registered class."""
+    """Lists the choices below the help of ``simulate`` and ``export``; that imports the classes."""
 
     def format_help(self) -> str:
         """Return the help, and the choices where there are any."""
+        if self.prog.endswith(" export"):
+            from fedq.registry import table
+
+            lines = [
+                f"  {name:12}{cls.device}\n{'':14}pip install 'fedq[{cls.extra}]'"  # type: ignore[attr-defined]
+                for name, cls in table("exporter").items()
+            ]
+            return "\n".join([super().format_help(), "runtimes:", *lines, ""])
         if not self.prog.endswith(" simulate"):
             return super().format_help()
         from fedq import config
@@ -334,6 +382,47 @@ def _codecs(options: argparse.Namespace, rest: list[str]) -> int:
     console.print(codecs.codec_table(survey))
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    if rest:
+        raise ConfigError(f"cannot use '{rest[0]}'; see fedq export --help")
+    from rich.console import Console
+
+    from fedq import config, progress, registry
+    from fedq.report import exports
+    from fedq.results import read_config, read_model
+
+    exporters = [registry.build("exporter", name) for name in options.to.split(",")]
+    experiment = config.load_resumed(read_config(options.directory), [])
+    tensors, _ = read_model(options.directory)
+    quantization = experiment.quantization
+    if options.quantization or quantization.name == "none":
+        quantization = config.choice("quantization", options.quantization or "int8")
+
+    for exporter in exporters:  # what is not installed must not wait for the others
+        exporter.check()
+    console = Console()
+    progress.log_to(console)
+    from fedq.export._release import release
+    from fedq.export._source import source
+
+    network = source(experiment, tensors, quantization, options.calibrate)
+    folder = options.out or options.directory / "export"
+    released = []
+    for exporter in exporters:
+        with progress.steps(Console(stderr=True)) as watch:
+            released.append(
+                release(network, exporter, folder / exporter.name, watch, options.steps)
+            )
+    if options.json:
+        print(exports.to_json(released))
+        return 0
+    console.print(exports.table(released))
+    for item in released:
+        console.print(f"wrote {item.path}", soft_wrap=True, highlight=False)
     return 0
 
 

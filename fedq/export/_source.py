@@ -1,0 +1,135 @@
+"""What is exported: a run's network with its quantizers, trained with them or calibrated after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedq import random
+from fedq.data.base import Dataset, load
+from fedq.errors import ConfigError, FedqError
+from fedq.experiment import Experiment
+from fedq.models.base import create
+from fedq.quantization.base import Quantization
+from fedq.quantization.fake import FakeQuantizer
+from fedq.quantization.placement import ACTIVATIONS
+
+LOG = logging.getLogger("fedq")
+#: Training examples that ranges are taken from, unless another number is asked for.
+CALIBRATION = 512
+_FEW = 32
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export.
+
+    Attributes:
+      network: With fake quantizers and all ranges, in evaluation mode.
+      quantization: Whose quantizers they are.
+      dataset: The run's.
+      calibrated: Training examples that the ranges are of; 0 if they are the federation's.
+    """
+
+    network: nn.Module
+    quantization: Quantization
+    dataset: Dataset
+    calibrated: int
+
+    def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the network with fake quantizers gives for (n, *shape) inputs."""
+        with torch.no_grad():
+            parts = [
+                self.network(torch.from_numpy(x[i : i + 500])).numpy()
+                for i in range(0, len(x), 500)
+            ]
+        return np.concatenate(parts)
+
+
+def source(
+    experiment: Experiment,
+    tensors: Mapping[str, NDArray[np.float32]],
+    quantization: Quantization,
+    calibrate: int | None = None,
+) -> Source:
+    """Return a run's network with a quantization's quantizers.
+
+    Args:
+      experiment: The run's.
+      tensors: Of its ``model.safetensors``.
+      quantization: The run's own, or another one for post-training quantization.
+      calibrate: Training examples to take activation ranges from; None is as many as are needed:
+        none if the run has trained these ranges, else :data:`CALIBRATION`.
+
+    Raises:
+      ConfigError: If the tensors do not belong to the experiment's model.
+    """
+    if calibrate is not None and calibrate < 1:
+        raise ConfigError(f"--calibrate must be at least 1 example, not {calibrate}")
+    dataset = load(experiment.data)
+    float_network = create(experiment.model, dataset.input_shape, dataset.classes)
+    network = quantization.prepare(float_network).eval()
+    wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
+    own = {name for name in wanted if not _of_quantizer(network, name)}
+    given = set(tensors)
+    plain = {name for name in given if not name.startswith(f"{ACTIVATIONS}.")}
+    lacking = own - given
+    strange = {name for name in plain - wanted if "weight_quantizer" not in name}
+    if lacking or strange:
+        name = sorted(lacking or strange)[0]
+        raise FedqError(
+            f"model.safetensors is not of the model that config.yaml describes"
+            f" ({'no ' if lacking else ''}{name}); give the run directory as it was written"
+        )
+    if calibrate is None and wanted <= given:
+        count = 0
+    else:
+        count = calibrate or CALIBRATION
+        given = plain  # ranges anew
+    _fill(network, {name: tensors[name] for name in wanted & given})
+    if count and hasattr(network, ACTIVATIONS):
+        count = _calibrate(network, dataset, count, experiment.seed)
+    return Source(network, quantization, dataset, count)
+
+
+def _of_quantizer(network: nn.Module, name: str) -> bool:
+    return isinstance(network.get_submodule(name.rpartition(".")[0]), FakeQuantizer)
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Any]) -> None:
+    try:
+        network.load_state_dict({n: torch.from_numpy(t) for n, t in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        raise FedqError(
+            "model.safetensors is not of the model that config.yaml describes"
+            f" ({str(error).splitlines()[-1].strip()}); give the run directory as it was written"
+        ) from error
+
+
+def _calibrate(network: nn.Module, dataset: Dataset, count: int, seed: int) -> int:
+    """Let the activation quantizers see training examples; nothing else is changed."""
+    total = len(dataset.x_train)
+    count = min(count, total)
+    if count < _FEW:
+        LOG.warning(
+            "activation ranges of %d example%s: what others exceed is clipped; give --calibrate %d"
+            " or more",
+            count,
+            "s" if count > 1 else "",
+            10 * _FEW,
+        )
+    rows = random.generator(random.derive(seed, "calibration")).choice(total, count, replace=False)
+    network.get_submodule(ACTIVATIONS).train()
+    with torch.no_grad():
+        for start in range(0, count, _BATCH):
+            network(torch.from_numpy(dataset.train_inputs(rows[start : start + _BATCH])))
+    network.eval()
+    return count

@@ -1,0 +1,80 @@
+"""Tables of exported models: what the float twin costs in the same runtime stands beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+class Released(Protocol):
+    """An exported model and its report, as :mod:`fedq.export` gives it."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The content of ``export.json``."""
+
+
+_COLUMNS = (
+    ("runtime", "device"),
+    ("accuracy", "float twin"),
+    ("latency", "float"),
+    ("size", "float"),
+    ("agreement", "steps"),
+    ("int ops", "float ops"),
+)
+
+
+def table(released: Iterable[Released]) -> Table:
+    """Return exports side by side, two lines each: the int8 model above, its float twin below.
+
+    Accuracy and latency are those of the runtime itself; agreement is the share of test examples
+    with the same class as the trained network, ``steps`` the largest difference of a logit in steps
+    of the output's grid.
+    """
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
+    for i, (above, below) in enumerate(_COLUMNS):
+        header = Text(above) + Text(f"\n{below}", "dim")
+        if i:
+            result.add_column(header, justify="right", no_wrap=True)
+        else:
+            result.add_column(header, overflow="fold", min_width=20)
+    for item in released:
+        cells = _cells(item.report)
+        result.add_row(*(Text(above) + Text(f"\n{below}", "dim") for above, below in cells))
+    return result
+
+
+def _cells(report: dict[str, Any]) -> list[tuple[str, str]]:
+    parity = report["parity"]
+    packed = report["packed_bytes"]
+    size = _kilobytes(report["bytes"])
+    if packed is not None:
+        size += f" ({_kilobytes(packed)} packed)"
+    count = [sum(parity[f"{kind}_operators"].values()) for kind in ("integer", "float")]
+    return [
+        (report["exporter"], report["device"]),
+        (f"{100 * report['accuracy']:.2f} %", f"{100 * report['float_accuracy']:.2f} %"),
+        (f"{report['latency_us']:.1f} us", f"{report['float_latency_us']:.1f} us"),
+        (size, _kilobytes(report["float_bytes"])),
+        (f"{100 * parity['agreement']:.2f} %", str(parity["largest_difference_steps"])),
+        (str(count[0]), str(count[1])),
+    ]
+
+
+def _kilobytes(count: int) -> str:
+    return f"{count / 1000:.1f} kB"
+
+
+def to_json(released: Iterable[Released]) -> str:
+    """Return the reports as a JSON list, each with its path."""
+    return json.dumps([{"path": str(item.path), **item.report} for item in released], indent=1)
