@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -97,25 +97,20 @@ class PoisonedSite(SimulatedSite):
 
 def make_site(
     data: Mapping[str, Any],
-    attack: Mapping[str, Any],
     plugins: tuple[str, ...],
     parts: list[NDArray[np.int64]],
-    hostile: list[int],
     state_directory: Path,
     models: int,
     seed: int = 0,
+    attack: Mapping[str, Any] | None = None,
+    hostile: Sequence[int] = (),
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
-    return PoisonedSite(
-        data=registry.from_config("data", data),
-        parts=dict(enumerate(parts)),
-        state_directory=state_directory,
-        models=models,
-        seed=seed,
-        attack=registry.from_config("attack", attack),
-        hostile=frozenset(hostile),
-    )
+    rows = registry.from_config("data", data), dict(enumerate(parts)), state_directory, models, seed
+    if attack is None:
+        return SimulatedSite(*rows)
+    return PoisonedSite(*rows, registry.from_config("attack", attack), frozenset(hostile))
 
 
 def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
@@ -145,13 +140,13 @@ def run_experiment(
     site = partial(
         make_site,
         registry.to_config(experiment.data),
-        registry.to_config(experiment.attack),
         tuple(experiment.plugins),
         filled,
-        experiment.attack.hostile(len(filled), experiment.seed),
         path.resolve() / CLIENT_STATE,
         models_kept(experiment.downlink_history),
         experiment.seed,
+        registry.to_config(experiment.attack) if experiment.attack.fraction else None,
+        experiment.attack.hostile(len(filled), experiment.seed),
     )
     experiment = experiment.replace(clients=len(parts))
     cohort = experiment.clients_per_round
