@@ -18,7 +18,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack(codes: NDArray[np.int32], bits: int) -> bytes:
+def pack(codes: NDArray[np.int32] | NDArray[np.uint16], bits: int) -> bytes:
     """Pack codes (n,) in [0, 2**bits), bits from 1 to 16.
 
     >>> pack(np.array([1, 2, 3], np.int32), 4).hex()

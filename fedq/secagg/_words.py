@@ -68,8 +68,8 @@ def pack(words: Words, segments: Sequence[Segment]) -> bytes:
     pieces = []
     for array, segment in zip(words, segments, strict=True):
         for shift, bits in segment._limbs():
-            limb = (array >> shift) & ((1 << bits) - 1)
-            pieces.append(_bits.pack(limb.astype(np.int32), bits))
+            limb: NDArray[Any] = (array >> shift if shift else array) & ((1 << bits) - 1)
+            pieces.append(_bits.pack(limb.astype(np.uint16, copy=False), bits))
     return b"".join(pieces)
 
 
