@@ -17,7 +17,6 @@ from fedq.privacy._ledger import (
     gaussian_epsilon,
     gaussian_rdp,
     rdp_epsilon,
-    smallest,
 )
 from fedq.privacy.base import Contribution, PrivacyState, Round
 from fedq.privacy.example_gaussian import sampled_gaussian_rdp
@@ -229,9 +228,14 @@ def test_noise_that_is_given_is_kept() -> None:
     assert privacy.calibrated(privacy.initial(), 5, 5, about).noise_multiplier == 3.0
 
 
-def test_a_budget_that_nothing_meets_is_an_error() -> None:
+def test_a_budget_that_nothing_meets_says_what_is_in_the_way() -> None:
+    about = Round(number=1, seed=0, cohort=10, size=5000)
+    tiny = build("privacy", "gaussian", epsilon=1e-9, delta=1e-12)
     with pytest.raises(ConfigError, match="no noise reaches the budget"):
-        smallest(lambda z: False, "noise")
+        tiny.calibrated(tiny.initial(), 5, 5, about)
+    narrow = build("privacy", "skellam", epsilon=3.0, bits=4)
+    with pytest.raises(ConfigError, match="bits=4 is too few"):
+        narrow.calibrated(narrow.initial(), 5, 5, about)
 
 
 # --- example level -------------------------------------------------------------------------------

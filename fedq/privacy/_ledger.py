@@ -65,7 +65,8 @@ def gaussian_epsilon(rdp: Rdp, delta: float) -> float:
     square = float((2 * rdp / ORDERS).max())
     if square == 0:
         return 0.0
-    return float(dp_accounting().get_epsilon_gaussian(square**-0.5, delta))
+    with np.errstate(divide="ignore"):  # the logarithm of a delta of 0, under vast noise
+        return float(dp_accounting().get_epsilon_gaussian(square**-0.5, delta))
 
 
 def rdp_epsilon(rdp: Rdp, delta: float) -> float:
@@ -83,13 +84,17 @@ def rdp_epsilon(rdp: Rdp, delta: float) -> float:
     return float(epsilon)
 
 
-def smallest(enough: Callable[[float], bool], what: str) -> float:
-    """Return, to one part in ten thousand, the least value from which on ``enough`` holds."""
+def smallest(enough: Callable[[float], bool]) -> float | None:
+    """Return, to one part in ten thousand, the least value from which on ``enough`` holds.
+
+    >>> round(smallest(lambda z: z >= 3), 3), smallest(lambda z: False)
+    (3.0, None)
+    """
     low, high = 2.0**-10, 2.0**-10
     while not enough(high):
         low, high = high, 2 * high
         if high > 2.0**20:
-            raise ConfigError(f"no {what} reaches the budget; raise privacy.epsilon or .delta")
+            return None
     while high > low * 1.0001:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)

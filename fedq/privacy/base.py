@@ -400,7 +400,7 @@ class ClientLevel(Mechanism):
         assert state is not None
         if self.epsilon is None or math.isfinite(state.noise_multiplier):
             return state
-        budget = self.epsilon
+        budget, obstacles = self.epsilon, []
 
         def enough(noise_multiplier: float) -> bool:
             trial = dataclasses.replace(self, noise_multiplier=noise_multiplier)
@@ -408,11 +408,16 @@ class ClientLevel(Mechanism):
                 total = trial.rdp(needed, about)
                 if releases > 1:
                     total = total + (releases - 1) * trial.rdp(about.cohort, about)
-            except ConfigError:  # so little noise, or so much, that codes cannot carry it
+            except ConfigError as error:  # so little noise, or so much, that codes cannot carry it
+                obstacles.append(error)
                 return False
             return trial.epsilon_of(total) <= budget
 
-        return dataclasses.replace(state, noise_multiplier=smallest(enough, "noise"))
+        found = smallest(enough)
+        if found is None:
+            advice = "no noise reaches the budget; raise privacy.epsilon or privacy.delta"
+            raise obstacles[0] if obstacles else ConfigError(advice)
+        return dataclasses.replace(state, noise_multiplier=found)
 
     def exhausted(
         self, state: PrivacyState | None, clients: Sequence[int | None], needed: int, about: Round
