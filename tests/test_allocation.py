@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import fedq
 from fedq import config
 from fedq.allocate import allocate
+from fedq.cli import main
 from fedq.errors import ConfigError
 from fedq.quantization.allocation import Layers, best, front
 from fedq.quantization.fake import WeightQuantizer
@@ -111,3 +113,17 @@ def test_costs_of_ones_own(run: Path, tmp_path: Path) -> None:
 def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         allocate(tmp_path)
+
+
+def test_the_command_writes_a_picture_and_says_what_to_train_with(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["allocate", str(run), "--bits", "4", "--weights", "linear range=absmax"]) == 0
+    printed = capsys.readouterr().out
+    assert (run / "allocation.png").stat().st_size > 1000
+    saved = json.loads((run / "allocation.json").read_text())
+    assert f"fedq simulate {saved['override']}" in printed
+    overrides = shlex.split(saved["override"])
+    assert list(config.load(overrides).quantization.layer_bits) == saved["chosen"]["bits"]
+    assert main(["allocate", str(run), "--bits", "0.5"]) == 2
+    assert "the cheapest costs" in capsys.readouterr().err
