@@ -26,6 +26,7 @@ import json
 import resource
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -303,12 +304,14 @@ def _openvino(model: Path, threads: int) -> Network:
 
 
 def _executorch(model: Path, threads: int) -> Network:
-    runtime = _require("executorch.runtime", install="executorch")
+    content = _content(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its binding calls itself experimental
+        runtime = _require("executorch.runtime", install="executorch")
+        program = runtime.Runtime.get().load_program(content)
+        method = program.load_method("forward")
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
-    content = _content(model)
-    program = runtime.Runtime.get().load_program(content)
-    method = program.load_method("forward")
     kept = content, program  # the method points into them, and does not keep them alive
     inputs: list[Any] = []
     logits: list[Any] = []
