@@ -396,7 +396,7 @@ class FedQ(Strategy):
         def add(update: Update) -> tuple[Update, RejectedError | None]:
             try:
                 delta, state = self._decode(update, current)
-                if not privacy.integers:  # the sizes of codes say nothing
+                if not privacy.uniform:  # a limit that others move would undo a client's bound
                     delta = current.watch.admit(delta, state)
             except RejectedError as error:
                 return update, error
