@@ -126,7 +126,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         return {"fails": f"not done in {TIMEOUT_S} s"}
     if done.returncode:
         if row["peer"]:
-            return {"fails": done.stderr.strip().splitlines()[-1].split(":")[0]}
+            return {"fails": done.stderr.strip().splitlines()[-1].split(":")[0].split(".")[-1]}
         raise RuntimeError(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -65,7 +65,10 @@ def experiment_of(context: Context) -> Experiment:
     overrides = _overrides(context)
     resume = config.option(overrides, "resume")
     if resume is None:
-        return config.load(overrides)
+        experiment = config.load(overrides)
+        if experiment.attack.fraction > 0:
+            raise ConfigError("attacks are simulated; use attack= with fedq simulate")
+        return experiment
     saved = read_config(Path(str(resume)))
     if saved.get("plugins"):
         raise ConfigError(f"{resume} uses plugins; resume it with fedq simulate")
@@ -166,8 +169,6 @@ def serve(grid: Grid, context: Context) -> None:
     path = Path(experiment.run_dir or default_run_path()).expanduser().resolve()
     console = Console(force_terminal=False, width=200)
     progress.log_to(console)
-    if experiment.attack.fraction > 0:
-        raise ConfigError("attacks are simulated by fedq simulate; leave attack= away here")
     if experiment.server_memory_gb is not None:
         limit_memory(experiment.server_memory_gb)
     opened = simulation.run_directory(experiment, path, resumed)

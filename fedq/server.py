@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class _Server:
         directory: RunDirectory,
         observer: Observer | None,
     ) -> None:
-        self.experiment, self.directory = experiment, directory
+        self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
         model = registry.to_config(experiment.model)
         quantization = registry.to_config(experiment.quantization)
@@ -114,7 +115,6 @@ class _Server:
         if experiment.privacy.unit is not None:
             private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
-        self.root = _root(dataset, experiment.aggregator.trusted_examples, experiment.seed)
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
         drawn = experiment.integer_noise if experiment.secure_aggregation.integers else None
         noise = {} if drawn is None else {"noise": registry.to_config(drawn)}
@@ -152,11 +152,20 @@ class _Server:
             privacy=experiment.privacy,
         )
 
+    @cached_property
+    def _root(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The server's own examples: a seeded sample of its training half."""
+        rows = len(self.dataset.y_train)
+        count = min(self.experiment.aggregator.trusted_examples, rows)
+        rng = generator(derive(self.experiment.seed, "root"))
+        chosen = np.sort(rng.choice(rows, count, replace=False))
+        return self.dataset.train_inputs(chosen), self.dataset.y_train[chosen]
+
     def _trusted(self, state: ServerState) -> Vector:
-        """Train on the root examples as a client would; return the delta, (d,) float32."""
+        """Train on the server's own examples as a client would; return the delta, (d,) float32."""
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
         seed = derive(self.experiment.seed, state.round + 1, "root")
-        return self.trainer.train(*self.root, self.experiment.training, seed).delta
+        return self.trainer.train(*self._root, self.experiment.training, seed).delta
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
@@ -297,16 +306,6 @@ class _Server:
             LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)
         return summary
-
-
-def _root(
-    dataset: Dataset, examples: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the server's own examples: a seeded sample of its training half."""
-    count = min(examples, len(dataset.y_train))
-    chosen = generator(derive(seed, "root")).choice(len(dataset.y_train), count, replace=False)
-    rows = np.sort(chosen)
-    return dataset.train_inputs(rows), dataset.y_train[rows]
 
 
 def summarise(

@@ -228,6 +228,7 @@ def test_a_simulated_node_is_a_partition_of_the_runs_data(tmp_path: Path) -> Non
         ({"num-partitions": 2}, "plugins=[evil.py]", "plugins"),
         ({"num-partitions": 2}, "plugins=[evil.py] plugins=[]", "plugins"),
         ({"num-partitions": 2}, "data=digist", "did you mean 'digits'"),
+        ({"num-partitions": 2}, "data=digits attack=alie", "use attack= with fedq simulate"),
         ({"num-partitions": 2}, "data='digits", "cannot read"),
         ({"num-partitions": 2}, "resume=nowhere", "nowhere"),
         ({}, "data=digits", "--node-config"),
