@@ -32,7 +32,7 @@ from fedq.training_config import TrainingConfig
 #: What each model is trained on: data that is available without a network.
 DATA = {"imu_cnn": "smartwatch"}
 #: Where narrow weights are measured, too: their latency is that of int8.
-NARROW = ("litert", "onnx")
+NARROW = ("litert",)
 COLUMNS = {
     "model": "Model",
     "runtime": "Runtime",
@@ -132,8 +132,9 @@ def main() -> None:
         "int8 and float in the devices' runtimes",
         [
             "One network per model, trained for "
-            f"{1 if arguments.quick else 3} epochs with QAT in one place. Latency: CPU time of one"
-            " invocation, batch 1, one thread, the fastest of nine turns, float and int8 in turns."
+            f"{1 if arguments.quick else 3} epochs with QAT in one place; the first and the last"
+            " layer have at least 4 bits. Latency: CPU time of one invocation, batch 1, one thread,"
+            " the fastest of nine turns, float and int8 in turns."
             " `c` is TensorFlow Lite Micro with its portable reference kernels on this machine:"
             " its times compare with nothing but each other. `tensorrt` is executed by ONNX"
             " Runtime, in float between quantizations: no latency of TensorRT.",

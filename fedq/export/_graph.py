@@ -204,6 +204,18 @@ def as_convolution(op: AveragePool | GlobalAverage) -> Conv:
     )
 
 
+def convolve_averages(graph: Graph, every: bool) -> Graph:
+    """Return the graph with averages over windows and series, or all of them, as convolutions."""
+    operators = [
+        as_convolution(op)
+        if isinstance(op, AveragePool)
+        or (isinstance(op, GlobalAverage) and (every or len(op.input.shape) == 2))
+        else op
+        for op in graph.operators
+    ]
+    return Graph(graph.input, graph.output, tuple(operators))
+
+
 def bounds(activation: Activation, grid: IntegerGrid) -> tuple[int, int]:
     """Return the smallest and largest integer that an operator with this activation gives."""
     low, high = grid.smallest, grid.largest

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq.errors import FedqError
-from fedq.export import runner
+from fedq.export import _graph, runner
 from fedq.export._graph import Graph
 from fedq.export.base import Exporter, Operators, require
 from fedq.export.litert import Litert, count
@@ -46,6 +46,8 @@ class C(Exporter):
 
     def write(self, graph: Graph, path: Path, *, integer: bool) -> None:
         """Write the source file."""
+        if integer:  # TFLite Micro's averages round more coarsely
+            graph = _graph.convolve_averages(graph, every=True)
         content = Litert().content(graph, integer=integer)
         operators = count(require("ai_edge_litert.schema_py_generated", self), content)
         rows = [content[i : i + 16] for i in range(0, len(content), 16)]

@@ -88,15 +88,8 @@ class _Program(nn.Module):
 
     def __init__(self, graph: Graph, integer: bool) -> None:
         super().__init__()
-        if integer:  # XNNPACK has no int8 kernel for these two
-            operators = [
-                _graph.as_convolution(op)
-                if isinstance(op, _graph.AveragePool)
-                or (isinstance(op, _graph.GlobalAverage) and len(op.input.shape) == 2)
-                else op
-                for op in graph.operators
-            ]
-            graph = Graph(graph.input, graph.output, tuple(operators))
+        if integer:  # XNNPACK has no int8 kernel for these
+            graph = _graph.convolve_averages(graph, every=False)
         self.plan, self.integer = graph, integer
         if integer:
             importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers operators

@@ -1,7 +1,7 @@
 """LiteRT (.tflite): int8 throughout, channels last, written with the runtime's own file schema.
 
-The converter from torch (litert-torch) brings a gigabyte along and does not install beside Flower;
-the graph is small and exact already, so it is written as it is: int8 input and output, per-channel
+The converter from torch (litert-torch) brings JAX along and quantizes by patterns of its own; the
+graph is small and exact already, so it is written as it is: int8 input and output, per-channel
 weights, int32 biases, no transposition. The same file serves phones, 64-bit boards, TFLite Micro
 and the compiler of Coral.
 """

@@ -2,7 +2,7 @@
 
 Every operator stands between DequantizeLinear and QuantizeLinear nodes, which the runtime fuses
 into its integer kernels. Activations are the trained int8 grid moved by 128: on x86 signed
-activations run five to nine times slower. At opset 21 int8 activations do not load at all
+activations run much slower. At opset 21 int8 activations do not load at all
 (microsoft/onnxruntime#25526).
 """
 
