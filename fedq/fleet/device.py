@@ -12,6 +12,7 @@ messages, never a program), and survives more:
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -23,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+
+import httpx
 
 import fedq
 from fedq import records  # noqa: F401  (sets what Flower reads at import)
@@ -41,6 +44,8 @@ VERSION_KEY = "fedq-version"
 #: Without a message for so long, a device is idle, and its heartbeats are few.
 IDLE_AFTER_S = 300.0
 OBJECT_WAIT_S, OBJECT_TRIES = 0.3, 400
+#: How often a device that trains asks whether the run still goes on.
+ASK_AGAIN_S = 60.0
 #: The service manager restarts a device whose loop has not moved for so long.
 STUCK_S = 240.0
 
@@ -64,35 +69,43 @@ def check(device: Device) -> int:
     flower.require_known()
     link = Link(device, max_tries=1)
     try:
-        return _activate(link, device)
+        return link.invoke(_go_on_line, link, device)
     finally:
         link.close()
 
 
-def _activate(link: Link, device: Device) -> int:
-    """Bring the device on line under its registration and return its node id.
+def _go_on_line(link: Link, device: Device) -> int:
+    """Bring the device on line under its registration and return its node id; tried once.
 
     Flower refuses to activate a node that it holds for on line, as it does for a while after a node
     was killed. A heartbeat under the old id does the same and is not refused.
     """
-    known = device.state / "node"
-    if known.exists():
+    known, interval_s = device.state / "node", device.heartbeat_s
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPStatusError):  # or another id since
         node = flower.Node(node_id=int(known.read_text()))
-        request = flower.SendNodeHeartbeatRequest(node=node, heartbeat_interval=device.heartbeat_s)
-        with contextlib.suppress(FedqError):  # another key since then: another id
-            once = Link(device, max_tries=1)
-            try:
-                if once.invoke(once.SendNodeHeartbeat, request).success:
-                    return int(node.node_id)
-            finally:
-                once.close()
-    request = flower.ActivateNodeRequest(
-        public_key=link.public_key, heartbeat_interval=device.heartbeat_s
+        request = flower.SendNodeHeartbeatRequest(node=node, heartbeat_interval=interval_s)
+        if link.SendNodeHeartbeat(request).success:
+            return int(node.node_id)
+    activation = flower.ActivateNodeRequest(
+        public_key=link.public_key, heartbeat_interval=interval_s
     )
-    node_id = int(link.invoke(link.ActivateNode, request).node_id)
-    device.state.mkdir(parents=True, exist_ok=True)
-    known.write_text(str(node_id))
+    node_id = int(link.ActivateNode(activation).node_id)
+    with contextlib.suppress(OSError):  # a full disk: after a kill it takes longer to come back
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(str(node_id))
     return node_id
+
+
+def version_error(theirs: str, name: str) -> str | None:
+    """Return what to do if the server has another minor version of fedq; None if it has not.
+
+    >>> version_error("99.1.0", "pi-1").partition("; ")[2]
+    'run fedq fleet upgrade pi-1'
+    """
+    own = fedq.__version__
+    if theirs.split(".")[:2] == own.split(".")[:2]:
+        return None
+    return f"this device has fedq {own}, the server {theirs[:20]}; run fedq fleet upgrade {name}"
 
 
 @dataclass
@@ -103,8 +116,9 @@ class _Node:
     def __post_init__(self) -> None:
         self.link = Link(self.device, self.stopped)
         self.trainer = Trainer(self.device.idle_s)
-        self.inflight = self.device.state / "message"
-        self.moved, self.worked = time.monotonic(), -math.inf
+        self.inflight, self.sending = (self.device.state / name for name in ("message", "reply"))
+        self.moved = self.asked = time.monotonic()
+        self.worked = -math.inf
         self.soon = threading.Event()
         self.runs: dict[int, dict[str, Any]] = {}
         self.node = flower.Node()
@@ -113,7 +127,7 @@ class _Node:
         """Go on line, finish what was begun, and answer what comes."""
         LOG.info("%s connects to %s", self.device.name, self.device.server)
         try:
-            self.node = flower.Node(node_id=_activate(self.link, self.device))
+            self.link.invoke(self._join)
             threading.Thread(target=self._heartbeats, daemon=True).start()
             LOG.info("%s is on line as node %d", self.device.name, self.node.node_id)
             health.notify("READY=1\nSTATUS=waiting for work")
@@ -131,9 +145,7 @@ class _Node:
     def _once(self) -> None:
         """Wait for a message and answer it."""
         asked = time.monotonic()
-        response = self.link.invoke(
-            self.link.PullMessages, flower.PullMessagesRequest(node=self.node)
-        )
+        response = self.link.invoke(self._ask)
         self.moved = time.monotonic()
         if response.messages_list:
             self._keep(response)
@@ -143,30 +155,40 @@ class _Node:
             if self.moved - asked < 0.05:  # a server that does not wait: Flower's own
                 self.stopped.wait(3.0)
 
+    def _join(self) -> None:
+        self.node = flower.Node(node_id=_go_on_line(self.link, self.device))
+
+    def _ask(self) -> Any:
+        try:
+            return self.link.PullMessages(flower.PullMessagesRequest(node=self.node))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.UNAUTHORIZED:
+                raise
+            self._join()  # the server may know this device by another id now
+            return self.link.PullMessages(flower.PullMessagesRequest(node=self.node))
+
     # --- one message ---------------------------------------------------------------------------
 
     def _answer(self, response: Any) -> None:
         """Train on a message and send the reply; on disk, the message waits until that is done."""
         metadata = response.messages_list[0].metadata
-        self.worked = time.monotonic()
-        self.soon.set()  # the server should soon notice if this device goes
+        if self._idle():
+            self.soon.set()  # from now on the server should soon notice if this device goes
+        self.worked = self.asked = time.monotonic()
         try:
             run_config = self._run_config(metadata.run_id)
             health.notify("STATUS=training")
-            self._send(self._reply(response, run_config), metadata.run_id)
+            reply = self._reply(response, run_config)
+            self._send(reply, metadata.run_id, metadata.created_at, metadata.ttl)
             confirmation = flower.ConfirmMessageReceivedRequest(
                 node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
             )
             self.link.invoke(self.link.ConfirmMessageReceived, confirmation)
             LOG.info("round %s: replied", metadata.group_id or "?")
-        except flower.ObjectPushError as error:
-            LOG.warning(
-                "round %s: the server does not take the reply: %s", metadata.group_id, error
-            )
-        except RunOverError:
-            LOG.warning("round %s: the run is over; nothing sent", metadata.group_id or "?")
+        except RunOverError as error:
+            LOG.warning("round %s: %s", metadata.group_id or "?", error)
         health.notify("STATUS=waiting for work")
-        self.inflight.unlink(missing_ok=True)
+        self._forget()
         self.moved = self.worked = time.monotonic()
 
     def _reply(self, response: Any, run_config: dict[str, Any]) -> Message:
@@ -182,12 +204,8 @@ class _Node:
                 raise
             message = flower.message_from_proto(response.messages_list[0])
             return Message(Error(flower.ErrorCode.UNKNOWN, str(error)), reply_to=message)
-        theirs = str(run_config.get(VERSION_KEY, fedq.__version__))
-        if theirs.split(".")[:2] != fedq.__version__.split(".")[:2]:
-            reason = (
-                f"this device has fedq {fedq.__version__}, the server {theirs[:20]}; "
-                f"run fedq fleet upgrade {self.device.name}"
-            )
+        reason = version_error(str(run_config.get(VERSION_KEY, fedq.__version__)), self.device.name)
+        if reason is not None:
             LOG.warning(reason)
             return Message(
                 Error(flower.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
@@ -231,40 +249,63 @@ class _Node:
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def _send(self, reply: Message, run_id: int) -> None:
-        started = time.monotonic()
+    def _send(self, reply: Message, run_id: int, sent_at: float, ttl: float) -> None:
+        # With the times of its message, a reply that is made again after a kill is the same to the
+        # byte: the server refuses a second one, but takes what is missing of the first.
+        reply.metadata.created_at, reply.metadata.ttl = sent_at, ttl
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with flower.no_object_id_recompute():
-            tree = flower.get_object_tree(reply)
-            objects = flower.get_all_nested_objects(reply)
-            request = flower.PushMessagesRequest(
-                node=self.node,
-                messages_list=[flower.message_to_proto(flower.remove_content_from_message(reply))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[time.monotonic() - started],
-            )
-            pushed = self.link.invoke(self.link.PushMessages, request)
-
-            def push(request: Any) -> Any:
+            begun = self._begun(reply)
+            session, wanted = begun or self._begin(reply)
+            for object_id, part in flower.get_all_nested_objects(reply).items():
+                if object_id not in wanted:
+                    continue
+                request = flower.PushObjectRequest(
+                    node=self.node,
+                    run_id=run_id,
+                    object_id=object_id,
+                    object_content=part.deflate(),
+                    session_id=session,
+                )
+                stored = self.link.invoke(self.link.PushObject, request).stored
                 self.moved = time.monotonic()
-                return self.link.invoke(self.link.PushObject, request)
+                if not stored and not begun:
+                    raise RunOverError("the server does not take the reply any more")
 
-            flower.push_objects(
-                objects,
-                flower.make_push_object_fn_protobuf(push, self.node, run_id, pushed.session_id),
-                object_ids_to_push=set(pushed.objects_to_push),
-                max_concurrent_pushes=1,  # a slow link is not faster for two; and one connection
-            )
+    def _begin(self, reply: Message) -> tuple[str, set[str]]:
+        """Announce a reply; return the session in which the server wants which objects of it."""
+        request = flower.PushMessagesRequest(
+            node=self.node,
+            messages_list=[flower.message_to_proto(flower.remove_content_from_message(reply))],
+            message_object_trees=[flower.get_object_tree(reply)],
+            clientapp_runtime_list=[time.monotonic() - self.worked],
+        )
+        pushed = self.link.invoke(self.link.PushMessages, request)
+        session, wanted = str(pushed.session_id), sorted(pushed.objects_to_push)
+        with contextlib.suppress(OSError):
+            self.sending.write_text(json.dumps([reply.object_id, session, wanted]))
+        return session, set(wanted)
+
+    def _begun(self, reply: Message) -> tuple[str, set[str]] | None:
+        """Return what :meth:`_begin` returned for this reply before a kill, None if it did not."""
+        try:
+            object_id, session, wanted = json.loads(self.sending.read_text())
+        except (OSError, ValueError):
+            return None
+        return (session, set(wanted)) if object_id == reply.object_id else None
 
     # --- what survives a kill ------------------------------------------------------------------
 
     def _keep(self, response: Any) -> None:
         temporary = self.inflight.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(response.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.inflight)
+        try:
+            with temporary.open("wb") as file:
+                file.write(response.SerializeToString())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.inflight)
+        except OSError as error:
+            LOG.warning("cannot write to %s: %s; a kill now loses this round", temporary, error)
 
     def _resume(self) -> None:
         """Answer the message that this device was at when it ended."""
@@ -277,35 +318,49 @@ class _Node:
         if response.messages_list and response.message_object_trees:
             LOG.info("going on with the message of before")
             self._answer(response)
-        self.inflight.unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        for path in (self.inflight, self.sending):
+            path.unlink(missing_ok=True)
 
     # --- signs of life -------------------------------------------------------------------------
 
     def _alive(self) -> None:
+        """Called while training goes on; ends it if it is for nothing."""
         self.moved = time.monotonic()
         if self.stopped.is_set():
             raise StoppedError("asked to end")
+        if self.moved - self.asked > ASK_AGAIN_S:
+            self.asked = self.moved
+            request = flower.GetRunRequest(node=self.node, run_id=flower.TaskIdentity.run_id)
+            try:
+                self.link.GetRun(request)
+            except httpx.HTTPError as error:
+                self.link.explain(error)  # raises if the run is over
+
+    def _idle(self) -> bool:
+        return time.monotonic() - self.worked > IDLE_AFTER_S
 
     def _heartbeats(self) -> None:
         while not self.stopped.is_set():
-            idle = time.monotonic() - self.worked > IDLE_AFTER_S
-            interval_s = max(IDLE_HEARTBEAT_S, self.device.heartbeat_s)
-            if not idle:
-                interval_s = self.device.heartbeat_s
+            interval_s = self.device.heartbeat_s
+            if self._idle():
+                interval_s = max(interval_s, IDLE_HEARTBEAT_S)
             request = flower.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=interval_s)
             with contextlib.suppress(Exception):  # the main loop says what is wrong
                 self.link.SendNodeHeartbeat(request)
             if time.monotonic() - self.moved < STUCK_S:
                 health.notify("WATCHDOG=1")
             self.soon.wait(0.8 * interval_s)
-            if idle or self.stopped.is_set():
-                self.soon.clear()
-            elif self.soon.is_set():
-                self.soon.clear()
-                self.stopped.wait(0.8 * interval_s)
+            self.soon.clear()
 
     def _leave(self) -> None:
-        """Say good-bye, once: the server need not wait for heartbeats."""
+        """Say good-bye, once, unless there is a message to come back for."""
+        if self.inflight.exists():
+            self.link.close()
+            LOG.info("%s ends and will go on with its message", self.device.name)
+            return
         last = Link(self.device, max_tries=1)
         with contextlib.suppress(FedqError):
             last.invoke(

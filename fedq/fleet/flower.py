@@ -42,7 +42,11 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import (
@@ -62,11 +66,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPushError,
     inflate_object_from_contents,
-    push_objects,
 )
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -95,13 +96,13 @@ __all__ = [
     "ListNodesRequest",
     "Node",
     "NodeAuthHttpInterceptor",
-    "ObjectPushError",
     "ProtobufError",
     "PullMessagesRequest",
     "PullMessagesResponse",
     "PullObjectRequest",
     "PullTaskInputRequest",
     "PushMessagesRequest",
+    "PushObjectRequest",
     "PushTaskOutputRequest",
     "RegisterNodeRequest",
     "RuntimeHttpClient",
@@ -123,12 +124,10 @@ __all__ = [
     "get_object_tree",
     "inflate_object_from_contents",
     "iterate_object_tree",
-    "make_push_object_fn_protobuf",
     "message_from_proto",
     "message_to_proto",
     "no_object_id_recompute",
     "public_key_to_bytes",
-    "push_objects",
     "remove_content_from_message",
     "require_known",
     "run_from_proto",

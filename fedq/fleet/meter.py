@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Self
 
-_PIECE = 16384
+_PIECE = 4096
 
 
 class Meter:
@@ -24,7 +24,7 @@ class Meter:
 
     def __init__(self, target: int, up_bytes_s: float = 0.0) -> None:
         self.up_bytes = self.down_bytes = self.connections = 0
-        self._target, self._rate = target, up_bytes_s
+        self._target, self.up_bytes_s = target, up_bytes_s
         self._ends: set[socket.socket] = set()
         self._lock, self._cut = threading.Lock(), False
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -84,8 +84,8 @@ class Meter:
                     else:
                         self.down_bytes += len(data)
                 sink.sendall(data)
-                if up and self._rate:
-                    time.sleep(len(data) / self._rate)
+                if up and self.up_bytes_s:
+                    time.sleep(len(data) / self.up_bytes_s)
         except OSError:
             pass
         finally:

@@ -33,6 +33,10 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 OOM_SCORE = 700
 
 
+class TrainingError(FedqError):
+    """A message's training failed; the reply says so."""
+
+
 class Trainer:
     """Answers training requests in a process of its own.
 
@@ -59,11 +63,11 @@ class Trainer:
         Args:
           message: The request.
           context: The node's.
-          alive: Called now and then while training goes on.
+          alive: Called now and then while training goes on; what it raises ends the training.
         """
         try:
             reply = self._ask(message, context, alive)
-        except FedqError as error:
+        except TrainingError as error:
             LOG.warning("%s", error)
             reason = str(error)[:500]
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
@@ -83,11 +87,14 @@ class Trainer:
             while not self._pipe.poll(1.0):
                 alive()
             answer = self._pipe.recv()
+        except FedqError:
+            self.close()  # its answer would be taken for that of another message
+            raise
         except (EOFError, OSError):
-            raise FedqError(f"the training process died: {self._ending()}") from None
+            raise TrainingError(f"the training process died: {self._ending()}") from None
         if isinstance(answer, Message):
             return answer
-        raise FedqError(str(answer))
+        raise TrainingError(str(answer))
 
     def rest(self) -> None:
         """End the process if there was no work for long."""

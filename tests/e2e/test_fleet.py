@@ -259,6 +259,25 @@ def test_whatever_is_killed_the_model_is_that_of_a_simulation(
 
 
 @pytest.mark.slow
+def test_a_device_killed_while_it_sends_sends_the_rest(shelf: Shelf, tmp_path: Path) -> None:
+    run, meter = tmp_path / "run", shelf.meters[1]
+    shelf.start(*(n for n, one in enumerate(shelf.devices) if one.name not in shelf.running))
+    process = shelf.run(
+        "--wait", "120", *OPTIONS, "codec=identity", "rounds=1", "local_epochs=1", f"run_dir={run}"
+    )
+    until(lambda: (shelf.devices[1].state / "message").exists(), "no message")
+    meter.up_bytes_s, before = 8_000.0, meter.up_bytes
+    until(lambda: meter.up_bytes - before > 20_000 or process.poll() is not None, "not sending")
+    assert process.poll() is None, process.communicate()
+    shelf.kill(1)
+    meter.up_bytes_s = 0.0
+    shelf.start(1)
+    _, error = process.communicate(timeout=RUN_S)
+    assert process.returncode == 0, error
+    assert summary(run)["rejected"] == {}, (error, shelf.log(1))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_those_who_are_there(shelf: Shelf, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shelf.start(*(n for n, one in enumerate(shelf.devices) if one.name not in shelf.running))

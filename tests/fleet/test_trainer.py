@@ -14,6 +14,7 @@ import pytest
 from fedq import node
 from fedq.errors import ConfigError
 from fedq.fleet import flower
+from fedq.fleet.link import RunOverError
 from fedq.fleet.trainer import Trainer
 
 # isort: split
@@ -82,6 +83,17 @@ def test_a_long_training_shows_life(trainer: Trainer) -> None:
     seen: list[float] = []
     trainer.answer(request("wait"), context(), lambda: seen.append(time.monotonic()))
     assert seen
+
+
+def test_a_training_that_is_for_nothing_is_ended(trainer: Trainer) -> None:
+    def over() -> None:
+        raise RunOverError("the run is over")
+
+    first = said(trainer.answer(request("pid"), context()))
+    with pytest.raises(RunOverError):
+        trainer.answer(request("wait"), context(), over)
+    assert trainer.pid is None
+    assert said(trainer.answer(request("pid"), context())) != first
 
 
 def test_without_work_the_memory_is_given_back(trainer: Trainer) -> None:
