@@ -81,10 +81,10 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
     Example:
       >>> from fedq.quantization.uniform import Uniform
       >>> network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-      >>> _ = network[0].weight.data.copy_(torch.tensor([[1.0, -0.5], [0.0, 0.0]]))
+      >>> _ = network[0].weight.data.copy_(torch.tensor([[1.0, -0.4], [0.0, 0.0]]))
       >>> prepared = Uniform(first_last_bits=4).prepare(network)
       >>> integer_weight(prepared.get_submodule("0"), "0").values.tolist()
-      [[7, -4], [0, 0]]
+      [[7, -3], [0, 0]]
     """
     quantizer, weight = layer.weight_quantizer, layer.weight
     assert isinstance(quantizer, FakeQuantizer)
