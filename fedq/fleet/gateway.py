@@ -91,9 +91,11 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            return  # nobody speaks anything else here
         path = scope["path"]
         if scope["server"][1] == self._control_port:
             if path == SEEN:

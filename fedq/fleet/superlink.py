@@ -59,6 +59,7 @@ def serve(fleet: Fleet) -> None:
         server = uvicorn.Server(
             uvicorn.Config(
                 gateway,
+                ws="none",
                 access_log=False,
                 log_level="warning",
                 timeout_keep_alive=KEEP_ALIVE_S,
