@@ -11,6 +11,11 @@
 ``trainer``             the process that keeps torch and the data, while there is work
 ``serverapp``           a run: the process that ``fedq fleet run`` is
 ``units``               systemd units
+``status`` ``doctor``   what is to be seen, and what is wrong
+``health`` ``bench``    what a device says of itself, what it can do
+``remote``              installing and enrolling over ssh
+``wheelhouse``          wheels for devices without a network
+``meter``               a proxy that counts bytes, for the demo, tests and benchmarks
 ``demo``                all of it on one machine
 ======================  =================================================================
 

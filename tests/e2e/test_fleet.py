@@ -33,7 +33,7 @@ RUN_S = 240
 #: One seed's federation: two clients, both in each round.
 OPTIONS = (
     *("data=digits", "codec=top_k_feedback", "clients_per_round=2", "baseline=false"),
-    *("rounds=4", "local_epochs=8"),
+    *("rounds=4", "local_epochs=4"),
 )
 
 
