@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedq import Layout, build, records, secure_client, wire
+from fedq import Layout, build, config, records, registry, secure_client, simulation, wire
 from fedq.client import Task
+from fedq.codecs._hadamard import piece_sizes
 from fedq.codecs.identity import Identity
+from fedq.errors import ConfigError
 from fedq.keys import Credentials, SimulatedRoster, simulated
+from fedq.results import read_rounds
+from fedq.secagg import Announcement, binding
 from fedq.secure_server import SecureServer
 from fedq.state import StateStore
 from fedq.strategy import FedQ
@@ -49,16 +53,12 @@ def strategy(privacy: Any, mode: str | None = "secagg", **options: Any) -> FedQ:
     return FedQ(**{**defaults, **options}, privacy=privacy, secure=secure)
 
 
-Lie = Callable[[Message], Message]
-
-
 def fleet(
     directory: Path,
     lose: dict[str, set[int]] | None = None,
     update: Callable[[int], np.ndarray] = delta,
-    vectors: dict[int, list[bytes]] | None = None,
 ) -> Callable[[Message, int], Message]:
-    """Clients that train at once; ``vectors`` collects what they would send without masks."""
+    """Clients that need no time to train, and answer a trusted server or a masked round."""
 
     def handle(message: Message, client: int) -> Message:
         blob, store = records.unpack(message.content), StateStore(directory)
@@ -146,12 +146,123 @@ def test_noise_is_secret_and_an_answer_does_not_change(tmp_path: Path) -> None:
         return delta(client) + np.float32(1e-6)
 
     def end(directory: str, update: Callable[[int], np.ndarray] = delta) -> np.ndarray:
-        return run(strategy(mechanism("skellam")), fleet(tmp_path / directory, None, update))[  # type: ignore[no-any-return]
-            0
-        ].weights
+        state, _ = run(strategy(mechanism("skellam")), fleet(tmp_path / directory, None, update))
+        return np.asarray(state.weights)
 
     first, again, changed, elsewhere = end("a"), end("a"), end("b"), end("b", other)
     np.testing.assert_array_equal(first, again)
-    noise = np.abs(first - changed).mean()
-    assert noise > 0.05 / CLIENTS  # of standard deviation 1 / CLIENTS each
-    assert np.abs(changed - elsewhere).mean() > 0.05 / CLIENTS
+    for one in (first, elsewhere):  # of standard deviation 1 / CLIENTS each
+        assert np.abs(one - changed).mean() > 0.5 / CLIENTS
+
+
+# --- a hostile server ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("privacy", "cohort", "bits", "says"),
+    [
+        (mechanism("skellam"), CLIENTS, 16, None),
+        (mechanism("skellam"), 1000, 16, "noise for a sum of 1000 clients"),
+        (mechanism("skellam"), CLIENTS, 32, "no room for what clients send, or too much"),
+        (build("privacy", "gaussian", noise_multiplier=1.0), CLIENTS, 16, "protects no sum"),
+    ],
+)
+def test_a_client_holds_its_server_to_the_announced_sum(
+    privacy: Any, cohort: int, bits: int, says: str | None, tmp_path: Path
+) -> None:
+    weights, state = np.zeros(LAYOUT.size, np.float32), np.zeros(STATE.size, np.float32)
+    task = {"round": 1, "seed": 0, "codec": {"name": "identity"}, "cohort": cohort}
+    task["privacy"] = registry.to_config(privacy)
+    inner = wire.seal(
+        wire.Envelope(task, [Identity().encode(weights, LAYOUT), Identity().encode(state, STATE)])
+    )
+    announced = Announcement(
+        run="run",
+        round=1,
+        session="0" * 32,
+        clients=CLIENTS,
+        neighbours=0,
+        threshold=0,
+        parts=((sum(piece_sizes(LAYOUT.size)), bits),),
+        coding={},
+        base=binding(task, weights, state),
+    )
+    text = announced.sealed(simulated(0).signing)
+    request = wire.Envelope({"phase": "clear", "round": 1}, [text, inner])
+    message = Message(records.pack(wire.seal(request, wire.SECURE_MAGIC)), 2, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    said = wire.unseal(records.unpack(fleet(tmp_path)(message, 0).content)).metadata
+    assert ("dropped" in said) is (says is not None)
+    assert says is None or says in said["dropped"]
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+SMALL = (
+    "data=digits",
+    "model=mlp",
+    "model.hidden=[8]",
+    "clients=10",
+    "clients_per_round=5",
+    "local_epochs=1",
+    "baseline=false",
+    "engine.workers=1",
+    "rounds=2",
+)
+
+
+def whole(path: Path, *overrides: str) -> dict[str, Any]:
+    experiment = config.load([*SMALL, *overrides])
+    return simulation.run_experiment(experiment, path).summary
+
+
+def test_a_run_is_the_trusted_one_and_states_it_against_the_server(tmp_path: Path) -> None:
+    options = ("privacy=skellam", "privacy.noise_multiplier=1", "privacy.seeded=true")
+    modes = {"none": options, "secagg": (*options, "secure_aggregation=secagg", "sealed=true")}
+    said = {name: whole(tmp_path / name, *chosen) for name, chosen in modes.items()}
+    assert said["secagg"]["model_sha256"] == said["none"]["model_sha256"]
+    lines = [[r.get("privacy") for r in read_rounds(tmp_path / name)] for name in modes]
+    assert lines[0] == lines[1]
+    stated = [{**said[name]["privacy"]} for name in modes]
+    against = [one.pop("against") for one in stated]
+    assert stated[0] == stated[1]
+    assert "Without secure aggregation the server sees each" in against[0]
+    assert "the server included" in against[1]
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_budget_stops_a_masked_run(name: str, tmp_path: Path) -> None:
+    """The ledger knows who is asked: numbers that the clients proved."""
+    options = [f"privacy.{key}={value}" for key, value in MECHANISMS[name].items()]
+    if "privacy.noise_multiplier=2.0" not in options:
+        options.append("privacy.noise_multiplier=1")
+    options += [f"privacy={name}", "privacy.epsilon=9", "secure_aggregation=secagg", "rounds=20"]
+    said = whole(tmp_path / "run", *options, "clients=5")
+    assert 3 < said["privacy"]["epsilon"] <= 9
+    assert "privacy budget" in said["stopped"]
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["secagg", "grouped", "clear"])
+@pytest.mark.parametrize("name", ["gaussian", "adaptive_gaussian", "example_gaussian"])
+def test_mechanisms_of_single_updates_are_refused(name: str, mode: str) -> None:
+    options = [f"privacy={name}", "privacy.noise_multiplier=1", "quantization=none"]
+    with pytest.raises(ConfigError, match="choose a mechanism on integers"):
+        config.load([*options, f"secure_aggregation={mode}"])
+
+
+def test_noise_for_the_cohort_is_refused_for_groups() -> None:
+    options = ["privacy=skellam", "privacy.noise_multiplier=1", "secure_aggregation=grouped"]
+    with pytest.raises(ConfigError, match="choose secure_aggregation=secagg"):
+        config.load(options)
+
+
+def test_noisy_codes_do_not_depend_on_weights() -> None:
+    """Weights are all alike, and the modulus is the mechanism's: no limit of the grid applies."""
+    options = ["privacy=skellam", "privacy.noise_multiplier=1", "secure_aggregation=secagg"]
+    wide = ["secure_aggregation.bits=16", "max_examples=100000"]
+    assert config.load([*options, *wide]).privacy.integers
+    with pytest.raises(ConfigError, match="needs 36 bits"):
+        config.load(["secure_aggregation=secagg", *wide])
