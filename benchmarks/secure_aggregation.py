@@ -76,7 +76,7 @@ def timed(clock: Counter[str], name: str, call: Callable[[], Any]) -> Any:
 
 def ours(clients: int, d: int, dropped: int, neighbours: int, seed: int) -> dict[str, Any]:
     mode = build("secure_aggregation", "secagg", neighbours=neighbours)
-    grid, roster, state = mode.grid(1, None), SimulatedRoster(seed), np.zeros(20, np.float32)
+    grid, roster, state = mode.grid(1), SimulatedRoster(seed), np.zeros(20, np.float32)
     announcement = Announcement(
         run="benchmark",
         round=1,

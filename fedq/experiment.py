@@ -12,7 +12,6 @@ from typing import Any
 from fedq import registry
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.errors import ConfigError, unknown
-from fedq.secagg import IntegerNoise
 from fedq.training_config import TrainingConfig
 
 #: Experiment fields that hold a registered object, and the group each is chosen from.
@@ -201,12 +200,6 @@ class Experiment:
             f"{mode} does not code beside earlier models; uplink_context must be false",
             self.uplink_context,
         )
-        _check(
-            self.privacy.name == "none" or self.integer_noise is not None,
-            f"{mode} applies privacy mechanisms that add noise to integers only; choose one, or "
-            "privacy=none",
-            self.privacy.name,
-        )
         cohort = self.clients_per_round
         if isinstance(cohort, float):
             cohort = 0 if self.clients is None else max(1, round(cohort * self.clients))
@@ -216,13 +209,8 @@ class Experiment:
             clients=cohort or None,
             max_weight=1 if self.weighting == "uniform" else self.max_examples,
             aggregator=self.aggregator.name,
-            noise=self.integer_noise,
+            privacy=self.privacy,
         )
-
-    @property
-    def integer_noise(self) -> IntegerNoise | None:
-        """What clients add to the integers of secure aggregation."""
-        return self.privacy if isinstance(self.privacy, IntegerNoise) else None
 
     @property
     def training(self) -> TrainingConfig:

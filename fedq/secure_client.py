@@ -6,18 +6,19 @@ must remember between phases is in its :class:`fedq.state.StateStore`, readable 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedq import records, registry, wire
+from fedq import records, wire
 from fedq.errors import DecodeError, FedqError
 from fedq.keys import Credentials
+from fedq.privacy._distributed import Distributed, encoder_of
+from fedq.privacy._entropy import Entropy
 from fedq.random import derive
-from fedq.secagg import PHASES, Announcement, Grid, IntegerNoise, Party, binding, clear
-from fedq.secagg._messages import digest
+from fedq.secagg import PHASES, Announcement, Codes, Grid, Party, binding, clear
 from fedq.secagg._party import RefusedError
 
 # isort: split
@@ -52,7 +53,7 @@ def answer(
             trained = train(bytes(request.parts[1]))
             if isinstance(trained, Message):
                 return trained
-            text = clear.answer(announced, _integers(announced, *trained, client, credentials))
+            text = clear.answer(announced, _integers(announced, *trained, client))
             metadata |= _kept(trained[0])
         elif phase in PHASES and len(request.parts) == (2 if phase == "mask" else 1):
             party = Party(
@@ -69,7 +70,7 @@ def answer(
                     trained = train(bytes(request.parts[1]))
                     if isinstance(trained, Message):
                         return trained
-                    integers = _integers(announced, *trained, client, credentials)
+                    integers = _integers(announced, *trained, client, party)
                     text = party.mask(first, integers)
                     metadata |= _kept(trained[0])
                 else:
@@ -97,43 +98,44 @@ def _integers(
     task: Task,
     trained: Trained,
     client: int,
-    credentials: Credentials,
+    party: Party | None = None,
 ) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return what a client adds to the sum: this is where noise comes in, before any mask."""
+    """Return what a client adds to the sum: noise, too, is in it before any mask."""
     if binding(task.metadata, task.weights, task.state) != announced.base:
         raise RefusedError("the model, or what to do with it, is not what the round announced")
-    grid = Grid.from_config(announced.coding)
-    segments = grid.segments(announced.clients, task.layout.size, task.state_layout.size)
+    privacy = task.privacy
+    if privacy.unit is not None and not privacy.integers:
+        raise RefusedError(f"privacy={privacy.name} protects no sum of integers")
+    coding: Codes | Grid
+    if isinstance(privacy, Distributed):
+        coding = Codes(encoder_of(privacy, task.about))
+    else:
+        coding = Grid.from_config(announced.coding)
+    segments = coding.segments(announced.clients, task.layout.size, task.state_layout.size)
     if segments != announced.segments:
         raise RefusedError("the announced sum has no room for what clients send, or too much")
-    return grid.encode(
+    if isinstance(coding, Codes):
+        return coding.encode(trained.delta, _entropy(announced, task, trained, client, party))
+    return coding.encode(
         trained.delta,
         trained.state - task.state,
         loss=trained.loss,
         weight=trained.examples,
         seed=task.seed(client, "grid"),
         rotation_seed=derive(int(task.metadata["seed"]), task.round, "rotation"),
-        noise=_noise(task),
-        rng=secret_generator(credentials.identity.signing, announced),
     )
 
 
-def _noise(task: Task) -> IntegerNoise | None:
-    config = task.metadata.get("noise")
-    if config is None:
-        return None
-    mechanism = registry.from_config("privacy", config, where="noise")
-    if not isinstance(mechanism, IntegerNoise):
-        raise DecodeError(f"privacy={mechanism.name} adds no noise to integers")
-    return mechanism
+def _entropy(
+    announced: Announcement, task: Task, trained: Trained, client: int, party: Party | None
+) -> Entropy:
+    """Return the randomness of a client's noise, which nobody else can draw.
 
-
-def secret_generator(identity: Ed25519PrivateKey, announced: Announcement) -> np.random.Generator:
-    """Return the generator of a client's noise: nobody else can draw from it.
-
-    Its key is a signature, which is a function of the secret key and of the round: a round that is
-    asked for twice gets the same noise twice, and the average of two answers tells nothing new.
+    A round that is asked for twice gets the same noise for the same update, so the average of two
+    answers tells nothing new; another update gets other noise, so neither does their difference.
     """
-    what = f"fedq secagg noise 1 {announced.run}/{announced.round} {announced.base}"
-    key = np.frombuffer(digest("noise", identity.sign(what.encode()))[:16], "<u8")
-    return np.random.Generator(np.random.Philox(key=key))
+    if task.privacy.seeded or party is None:
+        return task.privacy.entropy(task.about, client)
+    purpose = f"noise {announced.run}/{announced.round} {announced.base}".encode()
+    update = hashlib.sha256(trained.delta.tobytes()).digest()
+    return Entropy(int.from_bytes(party.secret(purpose + update), "big"))

@@ -6,9 +6,8 @@ of other rounds are. The protocol itself is in :mod:`fedq.secagg`.
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +18,13 @@ from fedq.errors import DecodeError
 from fedq.guard import RejectedError
 from fedq.keys import Credentials
 from fedq.layout import Vector
+from fedq.privacy._distributed import Distributed, encoder_of
+from fedq.privacy.base import Contribution
 from fedq.random import derive
 from fedq.sealing import of_phase
-from fedq.secagg import AbortedError, Announcement, IntegerNoise, binding, run_name
-from fedq.secagg._grid import Mean
+from fedq.secagg import AbortedError, Announcement, Codes, binding, run_name
+from fedq.secagg._grid import Aggregate, Integers
+from fedq.secagg._grid import Grid as Steps
 from fedq.secagg.base import Collector, OnGrid
 from fedq.strategy import MAX_ABSOLUTE, FedQ, ServerState, _Round
 
@@ -41,12 +43,15 @@ class SecureServer:
     Args:
       mode: How.
       credentials: Its keys sign what each round is; its roster says which clients count.
-      noise: What clients add to their integers.
     """
 
     mode: OnGrid
     credentials: Credentials
-    noise: IntegerNoise | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether the server sees sums only."""
+        return self.mode.masked
 
     def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
         """Run the phases of all groups side by side, and step with the groups' means."""
@@ -63,11 +68,17 @@ class _Collection:
     current: _Round
     #: Groups that may still give a sum, by their number.
     groups: dict[int, Collector] = field(default_factory=dict)
+    #: Whose integers are in the sums.
+    accepted: list[Contribution] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        uniform = self.strategy.weighting == "uniform"
-        weight = 1 if uniform else self.strategy.max_examples
-        self.coding = self.server.mode.grid(weight, self.server.noise)
+        privacy, about = self.current.privacy, self.current.about
+        self.coding: Codes | Steps
+        if isinstance(privacy, Distributed):
+            self.coding = Codes(encoder_of(privacy, about))
+        else:
+            uniform = self.strategy.weighting == "uniform"
+            self.coding = self.server.mode.grid(1 if uniform else self.strategy.max_examples)
 
     def run(self) -> ServerState:
         current, strategy = self.current, self.strategy
@@ -77,6 +88,8 @@ class _Collection:
         report.downlink_bytes = 0
         self._announce(list(requests))
         for phase in self.server.mode.phases:
+            if phase == "agree":
+                self._check_quorum()
             asked = self._asked(phase)
             if not asked:
                 break
@@ -86,16 +99,18 @@ class _Collection:
             self._exchange(phase, asked, models, slots)
             if not models:
                 report.received = received  # counts updates, of which this phase has none
-        means = self._means()
-        deltas, states = strategy.streams(current, max(len(means), 1))
-        total = sum(mean.weight for mean in means)
-        for slot, mean in enumerate(means):
-            weight = mean.weight * (_WEIGHTS / total)
-            deltas.add(mean.delta, weight, slot)
+        sums = self._sums()
+        deltas, states = strategy.streams(current, max(len(sums), 1))
+        total = sum(one.weight for one in sums)
+        for slot, one in enumerate(sums):
+            # A mechanism counts the codes that it gets, and divides by them itself.
+            scale = 1.0 if isinstance(self.coding, Codes) else _WEIGHTS / total
+            deltas.add(one.delta, one.weight * scale, slot)
             # Under the mask every entry is a plain mean, whatever its merge rule.
-            states[0].add(strategy.merger.summand(before.state + mean.state), weight, slot)
-        losses = [(mean.loss, float(mean.weight)) for mean in means]
-        return strategy.conclude(current, deltas, states, losses)
+            state = strategy.merger.summand(before.state + one.state)
+            states[0].add(state, one.weight * scale, slot)
+        losses = [(one.loss, float(one.weight)) for one in sums if one.loss is not None]
+        return strategy.conclude(current, deltas, states, losses, self.accepted)
 
     def _announce(self, nodes: list[int]) -> None:
         server, strategy, current = self.server, self.strategy, self.current
@@ -112,7 +127,7 @@ class _Collection:
                 session=secrets.token_hex(16),
                 clients=len(places),
                 parts=tuple((part.size, part.bits) for part in parts),
-                coding=dataclasses.asdict(self.coding),
+                coding=self.coding.to_config(),
                 base=base,
                 **server.mode.numbers(len(places)),
             )
@@ -121,6 +136,19 @@ class _Collection:
                 server.credentials.identity.signing,
                 server.credentials.roster,
                 [nodes[place] for place in places],
+            )
+
+    def _check_quorum(self) -> None:
+        """End a round that would not count before its sum is seen: a look has a price, too."""
+        report = self.current.report
+        left = sum(len(collector.survivors) for collector in self.groups.values())
+        needed = self.strategy._needed(report.sampled)
+        if left < needed:
+            self.groups.clear()
+            report.reject(
+                "secure aggregation",
+                f"{left} of {report.sampled} clients sent masked integers, a round needs {needed}; "
+                "they stay masked",
             )
 
     def _asked(self, phase: str) -> dict[int, tuple[Collector, bytes]]:
@@ -187,31 +215,44 @@ class _Collection:
         try:
             if len(message.parts) != 1:
                 raise DecodeError(f"{len(message.parts)} parts instead of 1")
-            if not self.server.mode.proves:  # else the roster says who signed as whom
-                self.current.claims.claim(node, metadata.get("client"))
+            claims = self.current.claims
+            if not self.server.masked:  # else the roster says who signed as whom
+                claims.claim(node, metadata.get("client"))
             collector.receive(phase, node, message.parts[0])
+            if (proven := collector.proven(node)) is not None:
+                claims.clients[node] = proven
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
-    def _means(self) -> list[Mean]:
-        """Return the mean of each group that has one."""
+    def _sums(self) -> list[Aggregate]:
+        """Return what each group that has a sum comes to, and note whose integers are in it."""
         report, strategy = self.current.report, self.strategy
-        means = []
+        numbers = self.current.claims.clients
+        sums = []
         for collector in self.groups.values():
             clients = len(collector.survivors)
             if not clients:
                 continue
-            rotation = derive(strategy.seed, report.round, "rotation")
             try:
-                mean = self.coding.decode(collector.sums(), clients, strategy.layout.size, rotation)
-                self._check_state(mean.state)
+                one = self._decoded(collector.sums(), clients)
+                self._check_state(one.state)
             except (AbortedError, DecodeError) as error:
                 report.reject("secure aggregation", str(error))
                 continue
-            means.append(mean)
+            sums.append(one)
+            # Weights are under the mask: how many examples each has is not known.
+            nodes = (int(str(node)) for node in collector.survivors)
+            self.accepted += [Contribution(numbers[node], 1) for node in nodes]
             report.replies += clients
             report.float32_uplink_bytes += clients * strategy._float32_reply_bytes
-        return means
+        return sums
+
+    def _decoded(self, sums: Sequence[Integers], clients: int) -> Aggregate:
+        strategy = self.strategy
+        if isinstance(self.coding, Codes):
+            return self.coding.decode(sums, clients, strategy.state_layout.size)
+        rotation = derive(strategy.seed, self.current.report.round, "rotation")
+        return self.coding.decode(sums, clients, strategy.layout.size, rotation)
 
     def _check_state(self, change: Vector) -> None:
         state = self.current.before.state + change

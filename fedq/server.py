@@ -75,7 +75,7 @@ def _secure(experiment: Experiment) -> SecureServer | None:
     mode = experiment.secure_aggregation
     if not mode.integers:
         return None
-    return SecureServer(mode, _credentials(experiment), experiment.integer_noise)
+    return SecureServer(mode, _credentials(experiment))
 
 
 def _credentials(experiment: Experiment) -> Credentials:
@@ -116,8 +116,6 @@ class _Server:
             private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
-        drawn = experiment.integer_noise if experiment.secure_aggregation.integers else None
-        noise = {} if drawn is None else {"noise": registry.to_config(drawn)}
         self.strategy = FedQ(
             layout=self.trainer.layout,
             state_layout=self.trainer.state_layout,
@@ -133,7 +131,6 @@ class _Server:
                 "input_shape": shape,
                 "classes": classes,
                 "training": experiment.training.to_config(),
-                **noise,
             },
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,

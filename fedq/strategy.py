@@ -139,6 +139,10 @@ class Update:
 class Sums(Protocol):
     """How a round runs in which clients send sums of integers in place of payloads."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether the server sees sums only."""
+
     def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
         """Run the round's phases and return the state after it."""
 
@@ -425,9 +429,8 @@ class FedQ(Strategy):
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
-        about = dataclasses.replace(current.about, cohort=capacity)
         return (
-            current.privacy.stream(self.aggregator, about, reference),
+            current.privacy.stream(self.aggregator, current.about, capacity, reference),
             [
                 self.aggregator.for_state.stream(self.state_layout.size, capacity)
                 for _ in self.variants
@@ -689,7 +692,8 @@ class FedQ(Strategy):
     def statement(self, state: ServerState) -> dict[str, Any]:
         """Return what a summary says of privacy: nothing unless something is guaranteed."""
         clients = len(self._nodes[1]) if self._nodes else 1
-        said = self.privacy.statement(state.privacy, clients)
+        masked = self.secure is not None and self.secure.masked
+        said = self.privacy.statement(state.privacy, clients, masked=masked)
         return {"privacy": said} if said else {}
 
     # --- Flower's interface ------------------------------------------------------------------

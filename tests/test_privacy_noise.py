@@ -172,7 +172,7 @@ def test_one_client_moves_the_sum_by_the_bound_at_most(name: str, data: st.DataO
         )
     )
     about = Round(number=1, seed=0, cohort=len(updates), size=5)
-    streams = [privacy.stream(build("aggregator", "mean"), about) for _ in range(2)]
+    streams = [privacy.stream(build("aggregator", "mean"), about, len(updates)) for _ in range(2)]
     for slot, update in enumerate(updates):
         received = privacy.received(np.array(update, np.float32))
         for which, stream in enumerate(streams):

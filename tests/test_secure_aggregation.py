@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -606,34 +605,6 @@ def test_sums_that_no_honest_clients_have(codes: list[int], weight: int, why: st
         grid.decode([np.array(codes), np.array([0, weight])], 3, 3)
 
 
-@dataclass(frozen=True)
-class Coin:
-    """+-5, less than it says or more."""
-
-    magnitude: int = 5
-
-    def noise(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        return np.where(rng.random(size) < 0.5, -5, 5).astype(np.int64)
-
-
-def test_noise_comes_before_the_masks_and_has_room() -> None:
-    d = 1000
-    quiet, loud = Grid(bits=8, clip=1.0), Grid(bits=8, clip=1.0, noise_magnitude=1000)
-    assert loud.segments(10, d, 0)[0].bits > quiet.segments(10, d, 0)[0].bits
-    grid = Grid(bits=8, clip=1.0, noise_magnitude=5)
-    delta, state = np.zeros(d, np.float32), np.zeros(0, np.float32)
-
-    def encode(noise: Coin | None) -> np.ndarray:
-        rng = np.random.default_rng(3)
-        return grid.encode(delta, state, loss=0, weight=1, seed=1, noise=noise, rng=rng)[0]
-
-    assert set(np.abs(encode(Coin())).tolist()) == {5}
-    assert set(np.abs(encode(Coin(2))).tolist()) == {2}, "it is held to what it says"
-    assert not encode(None).any()
-    with pytest.raises(ConfigError, match="room"):
-        encode(Coin(6))
-
-
 # --- configuration -------------------------------------------------------------------------------
 
 SECAGG = "secure_aggregation=secagg"
@@ -676,7 +647,7 @@ def test_right_use() -> None:
 
 
 def test_eight_bits_of_a_hundred_clients_are_two_bytes_at_most() -> None:
-    segments = build("secure_aggregation", "secagg").grid(1, None).segments(100, 10**6, 50)
+    segments = build("secure_aggregation", "secagg").grid(1).segments(100, 10**6, 50)
     assert sum(segment.packed_bytes for segment in segments) <= 2 * 10**6
 
 
@@ -694,5 +665,5 @@ def test_bytes_of_a_peer_raise_named_errors_only(data: bytes) -> None:
 
 
 def test_an_announcement_round_trips() -> None:
-    one = announced(9, coding=dataclasses.asdict(Grid(bits=8, clip=1.0)))
+    one = announced(9, coding=Grid(bits=8, clip=1.0).to_config())
     assert Announcement.opened(sealed(one), ROSTER.server) == one

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedq import Layout, build, config, records, registry, secure_client, wire
+from fedq import Layout, build, records, secure_client, wire
 from fedq.client import Task
 from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, FedqError
@@ -39,8 +39,8 @@ def mode(name: str = "secagg", **options: Any) -> OnGrid:
     return chosen
 
 
-def strategy(secure: OnGrid, noise: Any = None, **options: Any) -> FedQ:
-    server = SecureServer(secure, CREDENTIALS, noise)
+def strategy(secure: OnGrid, **options: Any) -> FedQ:
+    server = SecureServer(secure, CREDENTIALS)
     defaults = {"layout": LAYOUT, "codec": Identity(), "state_layout": STATE, "max_examples": 100}
     return FedQ(**{**defaults, **options}, secure=server)
 
@@ -182,7 +182,7 @@ def test_a_sum_beyond_what_honest_clients_send_is_refused(tmp_path: Path) -> Non
         if client != 4:
             return reply
         envelope = wire.unseal(records.unpack(reply.content))
-        segments = fedq.secure.mode.grid(1, None).segments(CLIENTS, LAYOUT.size, STATE.size)  # type: ignore[union-attr]
+        segments = fedq.secure.mode.grid(1).segments(CLIENTS, LAYOUT.size, STATE.size)  # type: ignore[union-attr]
         integers = [np.full(segment.size, 2000) for segment in segments]
         body = _words.pack(_words.wrap(integers, segments), segments)
         fake = wire.Envelope(envelope.metadata, [bytes(envelope.parts[0][:16]) + body])
@@ -260,50 +260,6 @@ def test_bytes_of_all_phases_are_counted(tmp_path: Path) -> None:
     _, report = run(strategy(mode()), fleet)
     assert report.uplink_bytes == sum(map(len, fleet.said))
     assert len(fleet.said) == CLIENTS * len(PHASES)
-
-
-@pytest.fixture
-def one(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A mechanism whose noise is always one, registered for a test."""
-    monkeypatch.setitem(registry._TABLES, "privacy", dict(registry.table("privacy")))
-
-    @registry.register("privacy", "one")
-    class One:
-        magnitude = 1
-
-        def noise(self, size: int, rng: np.random.Generator) -> np.ndarray:
-            return np.ones(size, np.int64)
-
-    return One()
-
-
-def test_a_mechanism_without_integers_is_refused_and_one_with_them_is_not(one: Any) -> None:
-    experiment = config.load(["secure_aggregation=secagg"])
-    assert experiment.replace(privacy=one).integer_noise is one
-
-    @registry.register("privacy", "central")
-    class Central:
-        pass
-
-    with pytest.raises(ConfigError, match="noise to integers only"):
-        experiment.replace(privacy=Central())
-
-
-def test_a_mechanism_s_noise_is_in_the_sum(one: Any, tmp_path: Path) -> None:
-    task = {"noise": {"name": "one"}}
-    noisy, _ = run(strategy(mode(), one, weighting="uniform", task=task), Fleet(tmp_path / "a"))
-    quiet, _ = run(strategy(mode(), weighting="uniform"), Fleet(tmp_path / "b"))
-    np.testing.assert_allclose(noisy.weights - quiet.weights, 1 / 127, atol=1e-6)
-
-
-def test_noise_is_a_secret_of_the_client_and_the_round() -> None:
-    def draw(client: int, server_round: int) -> float:
-        announced = SimpleNamespace(run="r", round=server_round, base="0")
-        identity = simulated(0, client).signing
-        return float(secure_client.secret_generator(identity, announced).random())  # type: ignore[arg-type]
-
-    assert draw(0, 1) == draw(0, 1)
-    assert len({draw(0, 1), draw(1, 1), draw(0, 2)}) == 3
 
 
 def test_flower_s_hooks_cannot_run_several_messages() -> None:

@@ -27,7 +27,7 @@ from fedq.privacy._clip import clipped
 from fedq.privacy._entropy import Entropy
 from fedq.privacy._ledger import Rdp
 from fedq.privacy._samplers import Integers, Table
-from fedq.privacy.base import ClientLevel, Protected, Round
+from fedq.privacy.base import ClientLevel, PrivacyState, Protected, Round
 from fedq.random import derive
 
 #: exp(-1/2): the chance that a rounding is drawn again, at most (Kairouz et al. 2021, section 4).
@@ -224,6 +224,11 @@ class Distributed(ClientLevel):
         " sees each client's codes, whose own share of the noise protects far less than the stated"
         " epsilon"
     )
+    against_masked: ClassVar[str] = (
+        "whoever sees released models or sums of codes, the server included: secure aggregation"
+        " shows it sums only. Clients on its side know their own noise: with f of n in a sum, the"
+        " others' is (n - f) / n of the variance"
+    )
     assumptions: ClassVar[tuple[str, ...]] = (
         *ClientLevel.assumptions,
         "each client whose update counts added its share of the noise",
@@ -253,7 +258,7 @@ class Distributed(ClientLevel):
         return codes.astype(np.int64)
 
     def stream(
-        self, aggregator: Aggregator, about: Round, reference: Vector | None = None
+        self, aggregator: Aggregator, about: Round, capacity: int, reference: Vector | None = None
     ) -> Stream:
         """Return an empty sum of codes."""
         return CodeSum(encoder_of(self, about))
@@ -262,6 +267,13 @@ class Distributed(ClientLevel):
         """Return the decoded sum over the cohort's size; the noise is in it."""
         out: Vector = mean * np.float32(replies / about.cohort)
         return out
+
+    def statement(
+        self, state: PrivacyState | None, clients: int, *, masked: bool = False
+    ) -> dict[str, Any]:
+        """Return the guarantee; it holds against the server, too, if that sees sums only."""
+        said = super().statement(state, clients, masked=masked)
+        return {**said, "against": self.against_masked} if masked else said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,12 +333,12 @@ class CodeSum(Stream):
         self._count = 0
 
     def add(self, update: NDArray[Any], weight: float, slot: int) -> None:
-        """Add one update's codes, (count,) int64; weights are all alike."""
+        """Add codes, (count,) int64: one update's, or the sum of as many as ``weight`` says."""
         if update.dtype != np.int64 or update.shape != self._total.shape:
             raise ConfigError(f"expected {self._total.size} codes of int64")
         self._total += update
         self._total &= (1 << self._encoder.bits) - 1
-        self._count += 1
+        self._count += int(weight)
 
     def result(self) -> Vector:
         """Return the mean of the vectors, (d,) float32."""

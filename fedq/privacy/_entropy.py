@@ -14,7 +14,7 @@ class Entropy:
     """A stream of uniform 64-bit words.
 
     Without a seed its key comes from the operating system and no one else knows it. Whoever knows a
-    seed can subtract the noise made from it: seeds are for experiments alone.
+    seed can subtract the noise made from it: a seed is itself a secret, or for experiments alone.
 
     Args:
       seed: None for a key from the operating system.

@@ -172,10 +172,13 @@ class Privacy:
     # --- on the server -------------------------------------------------------------------------
 
     def stream(
-        self, aggregator: Aggregator, about: Round, reference: Vector | None = None
+        self, aggregator: Aggregator, about: Round, capacity: int, reference: Vector | None = None
     ) -> Stream:
-        """Return where the round's updates go; ``reference`` is the server's own, (d,) float32."""
-        return aggregator.stream(about.size, about.cohort, reference)
+        """Return where the round's updates, or as many sums of them as ``capacity``, go.
+
+        ``reference`` is the server's own update, (d,) float32.
+        """
+        return aggregator.stream(about.size, capacity, reference)
 
     def received(self, delta: Vector) -> Vector:
         """Return a decoded (d,) float32 update with what the server itself enforces."""
@@ -229,8 +232,16 @@ class Privacy:
         """Return what a line of ``rounds.jsonl`` says, None without a guarantee."""
         return None
 
-    def statement(self, state: PrivacyState | None, clients: int) -> dict[str, Any]:
-        """Return what the summary says; nothing without a guarantee."""
+    def statement(
+        self, state: PrivacyState | None, clients: int, *, masked: bool = False
+    ) -> dict[str, Any]:
+        """Return what the summary says; nothing without a guarantee.
+
+        Args:
+          state: After the last round.
+          clients: In the federation.
+          masked: Whether secure aggregation showed the server sums only.
+        """
         return {}
 
 
@@ -328,7 +339,9 @@ class Mechanism(Privacy):
             "noise_multiplier": state.noise_multiplier,
         }
 
-    def statement(self, state: PrivacyState | None, clients: int) -> dict[str, Any]:
+    def statement(
+        self, state: PrivacyState | None, clients: int, *, masked: bool = False
+    ) -> dict[str, Any]:
         """Return mechanism, guarantee and conditions, in words that can stand alone."""
         caveats = [SEEDED] if self.seeded else []
         if self.delta >= 1 / clients:

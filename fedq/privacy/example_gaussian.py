@@ -131,12 +131,14 @@ class ExampleGaussian(Mechanism):
         ahead = spent * (1 + 1 / np.maximum(releases, 1))[:, None]
         return self.epsilon_of(ahead.max(axis=0)) > self.epsilon
 
-    def statement(self, state: PrivacyState | None, clients: int) -> dict[str, Any]:
+    def statement(
+        self, state: PrivacyState | None, clients: int, *, masked: bool = False
+    ) -> dict[str, Any]:
         """Return the guarantee, and each client's own epsilon."""
         assert state is not None
         numbers, rdp = state.ledger.clients.tolist(), state.ledger.rdp
         own = {str(n): self.epsilon_of(row) for n, row in zip(numbers, rdp, strict=True)}
-        return {**super().statement(state, clients), "epsilon_by_client": own}
+        return {**super().statement(state, clients, masked=masked), "epsilon_by_client": own}
 
 
 @lru_cache(maxsize=4096)

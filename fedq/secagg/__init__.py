@@ -6,8 +6,9 @@ random graph of Bell et al. 2020). Nothing here knows a network: :class:`Party` 
 :class:`Coordinator` take bytes and return bytes.
 """
 
+from fedq.secagg._codes import Codes
 from fedq.secagg._coordinator import AbortedError, Coordinator
-from fedq.secagg._grid import Grid, IntegerNoise
+from fedq.secagg._grid import Grid
 from fedq.secagg._messages import PHASES, Announcement, binding, run_name
 from fedq.secagg._party import Party, RefusedError
 from fedq.secagg.base import SecureAggregation
@@ -16,9 +17,9 @@ __all__ = [
     "PHASES",
     "AbortedError",
     "Announcement",
+    "Codes",
     "Coordinator",
     "Grid",
-    "IntegerNoise",
     "Party",
     "RefusedError",
     "SecureAggregation",

@@ -117,6 +117,10 @@ class Coordinator:
         """The clients whose masked vectors are in the sum."""
         return [member.who for member in self._members if member.masked]
 
+    def proven(self, who: Hashable) -> int | None:
+        """Return the number of the client whose keys ``who`` has, None before its advert."""
+        return self._adverts[who].client if who in self._adverts else None
+
     # --- the five phases ---------------------------------------------------------------------
 
     def _ask_to_advertise(self) -> dict[Hashable, bytes]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +27,6 @@ STATE_BITS = 24
 LOSS_CLIP = 64.0
 
 
-@runtime_checkable
-class IntegerNoise(Protocol):
-    """Integer noise that a client adds to its weighted integers before they are masked.
-
-    It is the one place for distributed differential privacy: what a mechanism needs of the sum's
-    range it says by ``magnitude``, and the modulus is chosen to hold it.
-    """
-
-    @property
-    def magnitude(self) -> int:
-        """No coordinate of one client's noise exceeds it; what would is clamped to it."""
-
-    def noise(self, size: int, rng: np.random.Generator) -> Integers:
-        """Return one client's noise, (size,) int64."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """How floats become integers: agreed on per round, part of what the server signs.
@@ -57,7 +42,6 @@ class Grid:
       max_weight: Largest weight of a client, a whole number.
       rotate: Whether to rotate the update first, by a random Hadamard matrix common to all.
       state_clip: The state's change is clamped to +-state_clip.
-      noise_magnitude: Of each client's noise, in units of the integers.
     """
 
     bits: int
@@ -65,7 +49,6 @@ class Grid:
     max_weight: int = 1
     rotate: bool = False
     state_clip: float = 256.0
-    noise_magnitude: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -76,12 +59,12 @@ class Grid:
                 raise ConfigError(
                     f"secure_aggregation.{option} must be a positive number, not {value}"
                 )
-        if self.max_weight < 1 or self.noise_magnitude < 0:
-            raise ConfigError("a weight is at least 1, and a magnitude of noise at least 0")
+        if self.max_weight < 1:
+            raise ConfigError("a weight is at least 1")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Grid:
-        """Build from a peer's words; the inverse of ``dataclasses.asdict``.
+        """Build from a peer's words; the inverse of :meth:`to_config`.
 
         Raises:
           ConfigError: If an entry is missing or ill-typed.
@@ -90,6 +73,10 @@ class Grid:
         if set(config) != set(hints):
             raise ConfigError("the round's grid has other options than ours")
         return cls(**{key: registry.convert(config[key], hints[key], key) for key in hints})
+
+    def to_config(self) -> dict[str, Any]:
+        """Return what a round announces of it, JSON-ready."""
+        return dataclasses.asdict(self)
 
     @property
     def levels(self) -> int:
@@ -116,15 +103,13 @@ class Grid:
           >>> Grid(bits=8, clip=0.1).segments(100, 1000, 0)[0].bits
           15
         """
-        largest = self.max_weight * self.levels + self.noise_magnitude
-        bits = (2 * clients * largest).bit_length()
+        bits = (2 * clients * self.max_weight * self.levels).bit_length()
         if bits > MAX_BITS:
             raise ConfigError(
                 f"the sum of {clients} clients needs {bits} bits per coordinate "
-                f"({self.bits} for the codes, weights up to {self.max_weight}, noise up to "
-                f"{self.noise_magnitude}), at most {MAX_BITS} are sent; lower "
-                "secure_aggregation.bits, max_examples or clients_per_round, or use "
-                "weighting=uniform"
+                f"({self.bits} for the codes, weights up to {self.max_weight}), at most "
+                f"{MAX_BITS} are sent; lower secure_aggregation.bits, max_examples or "
+                "clients_per_round, or use weighting=uniform"
             )
         finer = (2 * clients * self.max_weight * _levels(STATE_BITS)).bit_length()
         size = Rotation(d, 1, 0).padded if self.rotate else d
@@ -139,8 +124,6 @@ class Grid:
         weight: int,
         seed: int,
         rotation_seed: int = 0,
-        noise: IntegerNoise | None = None,
-        rng: np.random.Generator | None = None,
     ) -> list[Integers]:
         """Return a client's integers, one array per segment.
 
@@ -151,11 +134,9 @@ class Grid:
           weight: 1 to ``max_weight``; more is clamped.
           seed: Of the rounding; each client and round its own.
           rotation_seed: Common to all clients of a round.
-          noise: Added to the weighted integers of the update.
-          rng: Of the noise; the peer must not be able to guess it.
 
         Raises:
-          ConfigError: If a value is NaN or infinite, or noise exceeds its own bound.
+          ConfigError: If a value is NaN or infinite.
         """
         if not (np.isfinite(delta).all() and np.isfinite(state).all() and math.isfinite(loss)):
             raise ConfigError("an update holds NaN or infinity; lower the learning rate")
@@ -163,11 +144,6 @@ class Grid:
         x = self._rotated(delta, rotation_seed) if self.rotate else delta
         codes = _round(x, self.clip, self.levels, random.uniform(seed, x.size, "grid"))
         codes *= weight
-        if noise is not None:
-            if rng is None or noise.magnitude > self.noise_magnitude:
-                raise ConfigError("noise needs a generator, and room in the round's modulus")
-            drawn = noise.noise(codes.size, rng)
-            codes += np.clip(drawn, -noise.magnitude, noise.magnitude)
         fine = np.append(state.astype(np.float64) / self.state_clip, loss / LOSS_CLIP)
         u = random.uniform(seed, fine.size, "grid state")
         record = np.append(_round(fine, 1.0, _levels(STATE_BITS), u), 1) * weight
@@ -175,7 +151,7 @@ class Grid:
 
     def decode(
         self, sums: Sequence[Integers], clients: int, d: int, rotation_seed: int = 0
-    ) -> Mean:
+    ) -> Aggregate:
         """Return the weighted means that sums of ``clients`` clients stand for.
 
         Raises:
@@ -186,8 +162,7 @@ class Grid:
         total = int(record[-1])
         if not clients <= total <= clients * self.max_weight:
             raise DecodeError(f"{clients} clients cannot weigh {total} together: one of them lied")
-        bound = total * self.levels + clients * self.noise_magnitude
-        if codes.size and max(codes.max(), -codes.min()) > bound:
+        if codes.size and max(codes.max(), -codes.min()) > total * self.levels:
             raise DecodeError("a coordinate's sum is beyond the clip: a client sent more than that")
         fine = record[:-1]
         if np.abs(fine).max() > total * _levels(STATE_BITS):
@@ -197,7 +172,7 @@ class Grid:
             rotation = Rotation(d, 1, rotation_seed)
             mean = rotation.backward(mean, [1.0] * len(rotation.sizes))
         means = fine / (total * _levels(STATE_BITS))
-        return Mean(
+        return Aggregate(
             mean,
             (means[:-1] * self.state_clip).astype(np.float32),
             float(means[-1] * LOSS_CLIP),
@@ -213,19 +188,20 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Mean:
+class Aggregate:
     """What the server learns of some clients.
 
     Attributes:
-      delta: (d,) float32, weighted mean update.
+      delta: (d,) float32, weighted mean update; or the sum of a privacy mechanism's codes, (count,)
+        int64, for the mechanism to decode.
       state: (s,) float32, weighted mean change of the state.
-      loss: Weighted mean loss.
+      loss: Weighted mean loss; None if clients do not say it.
       weight: Sum of the weights.
     """
 
-    delta: Vector
+    delta: NDArray[Any]
     state: Vector
-    loss: float
+    loss: float | None
     weight: int
 
 

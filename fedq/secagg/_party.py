@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,12 @@ class Party:
         self.smallest = smallest
         self._session: _Session | None = None
         self._spent: dict[str, str] = {}
+        self._own = secrets.token_bytes(32)
         if memory:
             try:
                 kept = json.loads(memory)
                 self._spent = dict(kept["spent"])
+                self._own = bytes.fromhex(kept["own"])
                 self._session = _thawed(kept["session"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise RefusedError(
@@ -101,7 +104,12 @@ class Party:
     def memory(self) -> bytes:
         """Return what must be kept until the next message; secret while a round is under way."""
         session = None if self._session is None else _frozen(self._session)
-        return json.dumps({"spent": self._spent, "session": session}).encode()
+        kept = {"own": self._own.hex(), "spent": self._spent, "session": session}
+        return json.dumps(kept).encode()
+
+    def secret(self, purpose: bytes) -> bytes:
+        """Return 32 bytes that nobody else can guess, the same whenever the purpose is."""
+        return hmac.digest(self._own, b"fedq secagg secret\0" + purpose, "sha256")
 
     # --- the five phases ---------------------------------------------------------------------
 

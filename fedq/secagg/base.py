@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedq.errors import ConfigError
 from fedq.keys import SMALLEST_SUM, Roster
+from fedq.privacy.base import Privacy
 from fedq.random import derive, generator
 from fedq.secagg._coordinator import Coordinator
-from fedq.secagg._grid import Grid, IntegerNoise, Integers
+from fedq.secagg._grid import Grid, Integers
 from fedq.secagg._messages import PHASES, Announcement
 
 #: Neighbours of a client where the graph is complete, and where it is not.
@@ -29,6 +30,9 @@ class Collector(Protocol):
     @property
     def survivors(self) -> list[Hashable]:
         """Those whose integers are in the sum."""
+
+    def proven(self, who: Hashable) -> int | None:
+        """Return the client number that one has proven to have, None if there is no proof."""
 
     def messages(self, phase: str) -> dict[Hashable, bytes]:
         """Return what a phase asks of whom."""
@@ -48,6 +52,8 @@ class SecureAggregation:
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     #: Whether clients send integers of a common grid, and not payloads of the codec.
     integers: ClassVar[bool] = False
+    #: Whether the server sees sums of them only, from clients that prove their numbers.
+    masked: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +70,6 @@ class OnGrid(SecureAggregation, abc.ABC):
     integers: ClassVar[bool] = True
     #: What clients are asked for, in turn.
     phases: ClassVar[tuple[str, ...]] = ()
-    #: Whether clients prove their numbers by signatures.
-    proves: ClassVar[bool] = False
 
     bits: int = 8
     clip: float = 0.25
@@ -75,9 +79,9 @@ class OnGrid(SecureAggregation, abc.ABC):
     def __post_init__(self) -> None:
         if max(self.clip, self.state_clip) > 8192:
             raise ConfigError("secure_aggregation.clip and state_clip must be at most 8192")
-        self.grid(1, None)  # checks the rest
+        self.grid(1)  # checks the rest
 
-    def grid(self, max_weight: int, noise: IntegerNoise | None) -> Grid:
+    def grid(self, max_weight: int) -> Grid:
         """Return the grid for weights up to ``max_weight``."""
         return Grid(
             bits=self.bits,
@@ -85,7 +89,6 @@ class OnGrid(SecureAggregation, abc.ABC):
             max_weight=max_weight,
             rotate=self.rotate,
             state_clip=self.state_clip,
-            noise_magnitude=0 if noise is None else noise.magnitude,
         )
 
     def groups(self, clients: int, seed: int) -> list[list[int]]:
@@ -93,7 +96,7 @@ class OnGrid(SecureAggregation, abc.ABC):
         return [list(range(clients))]
 
     def check(
-        self, *, clients: int | None, max_weight: int, aggregator: str, noise: IntegerNoise | None
+        self, *, clients: int | None, max_weight: int, aggregator: str, privacy: Privacy
     ) -> None:
         """Refuse what cannot work, before a run starts.
 
@@ -101,14 +104,17 @@ class OnGrid(SecureAggregation, abc.ABC):
           clients: Cohort of a round; None if it is not known yet.
           max_weight: Of one client.
           aggregator: Name of the rule.
-          noise: That clients add.
+          privacy: The mechanism.
 
         Raises:
-          ConfigError: If the rule needs single updates, the cohort is too small, or a coordinate's
-            sum does not fit.
+          ConfigError: If rule or mechanism need single updates, the cohort is too small, or a
+            coordinate's sum does not fit.
         """
         self._check_rule(aggregator)
-        grid = self.grid(max_weight, noise)
+        self._check_privacy(privacy)
+        if privacy.integers:
+            return  # its codes have a modulus of their own
+        grid = self.grid(max_weight)
         grid.segments(max(map(len, self.groups(clients, 0))) if clients else 1, 1, 0)
 
     def _check_rule(self, aggregator: str) -> None:
@@ -117,6 +123,15 @@ class OnGrid(SecureAggregation, abc.ABC):
                 f"aggregator={aggregator} compares single updates, which "
                 f"secure_aggregation={self.name} does not have; use aggregator=mean, or "
                 "secure_aggregation=grouped, which applies it to the means of groups"
+            )
+
+    def _check_privacy(self, privacy: Privacy) -> None:
+        if privacy.unit is not None and not privacy.integers:
+            raise ConfigError(
+                f"privacy={privacy.name} needs what secure_aggregation={self.name} does not show "
+                "the server: single updates to clip, or each client's number of examples; choose "
+                "a mechanism on integers (privacy=skellam, discrete_gaussian or poisson_binomial), "
+                "or secure_aggregation=none"
             )
 
     @abc.abstractmethod
@@ -145,7 +160,7 @@ class Masked(OnGrid):
     """
 
     phases: ClassVar[tuple[str, ...]] = PHASES
-    proves: ClassVar[bool] = True
+    masked: ClassVar[bool] = True
 
     threshold: float = 2 / 3
     neighbours: int = 0
@@ -172,10 +187,12 @@ class Masked(OnGrid):
         }
 
     def check(
-        self, *, clients: int | None, max_weight: int, aggregator: str, noise: IntegerNoise | None
+        self, *, clients: int | None, max_weight: int, aggregator: str, privacy: Privacy
     ) -> None:
         """Refuse too small a cohort, too."""
-        super().check(clients=clients, max_weight=max_weight, aggregator=aggregator, noise=noise)
+        super().check(
+            clients=clients, max_weight=max_weight, aggregator=aggregator, privacy=privacy
+        )
         if clients is not None and clients < SMALLEST_SUM:
             raise ConfigError(
                 f"secure_aggregation={self.name} needs at least {SMALLEST_SUM} clients per round, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedq.errors import ConfigError
 from fedq.keys import SMALLEST_SUM
+from fedq.privacy.base import Privacy
 from fedq.registry import register
 from fedq.secagg.base import Masked, shuffled_groups
 
@@ -39,3 +40,12 @@ class Grouped(Masked):
 
     def _check_rule(self, aggregator: str) -> None:
         """Any rule over the groups' means will do."""
+
+    def _check_privacy(self, privacy: Privacy) -> None:
+        super()._check_privacy(privacy)
+        if privacy.integers:
+            raise ConfigError(
+                f"privacy={privacy.name} states what a sum of the whole cohort tells, and "
+                "secure_aggregation=grouped shows sums of groups, with a share of that noise; "
+                "choose secure_aggregation=secagg"
+            )
