@@ -24,7 +24,7 @@ from fedq.random import derive
 from fedq.sealing import of_phase
 from fedq.secagg import AbortedError, Announcement, Codes, binding, run_name
 from fedq.secagg._grid import Aggregate, Integers
-from fedq.secagg._grid import Grid as Steps
+from fedq.secagg._grid import Grid as IntegerGrid
 from fedq.secagg.base import Collector, OnGrid
 from fedq.strategy import MAX_ABSOLUTE, FedQ, ServerState, _Round
 
@@ -73,7 +73,7 @@ class _Collection:
 
     def __post_init__(self) -> None:
         privacy, about = self.current.privacy, self.current.about
-        self.coding: Codes | Steps
+        self.coding: Codes | IntegerGrid
         if isinstance(privacy, Distributed):
             self.coding = Codes(encoder_of(privacy, about))
         else:

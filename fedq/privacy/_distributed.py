@@ -226,12 +226,12 @@ class Distributed(ClientLevel):
     )
     against_masked: ClassVar[str] = (
         "whoever sees released models or sums of codes, the server included: secure aggregation"
-        " shows it sums only. Clients on its side know their own noise: with f of n in a sum, the"
-        " others' is (n - f) / n of the variance"
+        " shows it sums alone"
     )
     assumptions: ClassVar[tuple[str, ...]] = (
         *ClientLevel.assumptions,
-        "each client whose update counts added its share of the noise",
+        "each client whose update counts added its share of the noise, and is not on the"
+        " adversary's side: f of n that are leave (n - f) / n of the variance",
     )
 
     @abc.abstractmethod
