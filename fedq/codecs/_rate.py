@@ -79,6 +79,8 @@ def _bisect(value: Callable[[float], float], target: float, x: Vector, sign: int
         return value(unit * 2.0 ** (place / 2))
 
     low, high = -48, 24
+    if sign < 0:  # where even coarse steps take more, those that hardly take more than the coarsest
+        target = max(target, 1.05 * at(high))
     while high - low > 1:
         middle = (low + high) // 2
         if (at(middle) < target) == (sign > 0):
@@ -216,6 +218,14 @@ class SteppedCodec(RateCodec):
             if abs(miss) < _CLOSE:
                 break
             low, high = (low, place) if sign * miss > 0 else (place, high)
+            if (
+                known is not None
+                and what == 0
+                and place > known[0] + 0.5
+                and miss > known[1] - 0.05
+            ):
+                step = 2.0 ** known[0]  # out of reach: a coarser step saves nothing
+                break
             # Scales are in half octaves: a forecast has no slope over less.
             near, far = forecast(step)[what], forecast(2 * step)[what]
             slope = math.log2(far / near) if near > 0 and far > 0 else sign

@@ -125,7 +125,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 #: More rounds than the server remembers what it sent, and an optimiser with a state.
-LONG = ("rounds=10", "downlink_history=2", "server_optimizer=adam", "uplink_context=true")
+LONG = ("rounds=24", "downlink_history=2", "server_optimizer=adam", "uplink_context=true")
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,9 @@ def test_killed_and_resumed_is_equal_to_uninterrupted(
         assert process.returncode == 130
         assert "resume=cut" in errors
     done = fedq("simulate", "resume=cut", "engine.workers=1", cwd=tmp_path)
-    assert "round 10/10" in done.stdout
+    assert "round 24/24" in done.stdout
     assert summary(tmp_path / "cut")["model_sha256"] == whole["model_sha256"]
-    assert [record["round"] for record in rounds(tmp_path / "cut")] == list(range(11))
+    assert [record["round"] for record in rounds(tmp_path / "cut")] == list(range(25))
     for key in ("uplink_bytes", "downlink_bytes", "accuracy", "rejected"):
         assert summary(tmp_path / "cut")[key] == whole[key]
     assert whole["rejected"] == {}

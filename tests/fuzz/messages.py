@@ -77,7 +77,7 @@ class Target:
         watch: Watch = strategy.guard.watch(current.before.guard, 1, current.before.weights)
         try:
             update = strategy._open(Message(records.pack(blob), reply_to=self.request), current)
-            delta, state = strategy._decode(update)
+            delta, state = strategy._decode(update, current)
             delta = watch.admit(delta, state)
         except RejectedError:
             return False
