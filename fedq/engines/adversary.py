@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from fedq import records, wire
 from fedq.attacks.base import Attack, Honest, View
 from fedq.codecs.base import Codec, decode_frame
+from fedq.engines.stream import WrappedGrid
 from fedq.errors import DecodeError
 from fedq.experiment import Experiment
 from fedq.layout import Layout
@@ -19,13 +20,11 @@ from fedq.random import derive, generator
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
-from flwr.app import Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 
-class Adversary(Grid):
+class Adversary(WrappedGrid):
     """Wraps a grid, some of whose nodes are hostile.
 
     The replies of earlier rounds that ``replay`` repeats are held in memory: a resumed run has none
@@ -43,7 +42,8 @@ class Adversary(Grid):
     """
 
     def __init__(self, grid: Grid, attack: Attack, layout: Layout, codec: Codec, seed: int) -> None:
-        self._grid, self._attack = grid, attack
+        super().__init__(grid)
+        self._attack = attack
         self._layout, self._codec, self._seed = layout, codec, seed
         self._earlier: dict[int, bytes] = {}
         self._hostile: frozenset[int] | None = None
@@ -55,42 +55,6 @@ class Adversary(Grid):
         if experiment.attack.fraction == 0:
             return grid
         return cls(grid, experiment.attack, layout, experiment.codec, experiment.seed)
-
-    def set_run(self, run: Run) -> None:
-        """Set the run of the wrapped grid."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run of the wrapped grid."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes of the wrapped grid."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return the nodes of the wrapped grid."""
-        return self._grid.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push through the wrapped grid."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull through the wrapped grid, without an attack."""
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -32,11 +32,11 @@ UNBUILDABLE = (
 )
 
 
-class StreamGrid(Grid):
-    """Wraps a grid so that ``send_and_receive`` yields each reply when it is there.
+class WrappedGrid(Grid):
+    """A grid around another; subclasses say what differs, at least how messages are exchanged.
 
     Args:
-      grid: Any grid, e.g. the one that Flower hands to a ServerApp.
+      grid: Any grid.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -77,6 +77,14 @@ class StreamGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull through the wrapped grid."""
         return self._grid.pull_messages(message_ids)
+
+
+class StreamGrid(WrappedGrid):
+    """Wraps a grid so that ``send_and_receive`` yields each reply when it is there.
+
+    Args:
+      grid: Any grid, e.g. the one that Flower hands to a ServerApp.
+    """
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
