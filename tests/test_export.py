@@ -128,6 +128,11 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         assert apart.max() <= 1
         assert (apart > 0).double().mean() < 0.01
     assert all(op.weights.bits <= 8 for op in graph.weighted)
+    # End to end steps add up, and only near ties change sides.
+    logits, expected = _reference.run(graph, x), given.logits(x)
+    changed = logits.argmax(1) != expected.argmax(1)
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    assert (first - second)[changed].max(initial=0) <= 6 * graph.output.grid.scale
 
 
 def _fake_quantized(converter: _Converter, x: np.ndarray) -> dict[Any, torch.Tensor]:
