@@ -249,7 +249,7 @@ class Task:
         for payload in payloads[1:]:
             beside = {**metadata, "context": self.metadata["base"]}
             answers.append(wire.Envelope(beside, [payload, record]))
-        return _answer(self.message, min(answers, key=lambda answer: len(wire.seal(answer))))
+        return _answer(self.message, *answers)
 
     @staticmethod
     def refuse(message: Message, error: NoBaseError) -> Message:
@@ -262,8 +262,9 @@ class Task:
         return _dropped(self.message, self.round, reason, **more)
 
 
-def _answer(message: Message, envelope: wire.Envelope) -> Message:
-    return Message(records.pack(wire.seal(envelope)), reply_to=message)
+def _answer(message: Message, *envelopes: wire.Envelope) -> Message:
+    """Answer with the shortest; each is sealed once."""
+    return Message(records.pack(min(map(wire.seal, envelopes), key=len)), reply_to=message)
 
 
 def _dropped(message: Message, server_round: int, reason: str, **more: bool) -> Message:

@@ -78,7 +78,9 @@ def answer(
             finally:  # before anything is said, and also if it is refused
                 store.keep_secrets(client, party.memory())
         else:
-            raise DecodeError(f"phase {phase!r} of secure aggregation with {len(request.parts)}")
+            raise DecodeError(
+                f"phase {phase!r} of secure aggregation in {len(request.parts)} parts"
+            )
     except FedqError as error:
         dropped = {"round": number, "dropped": str(error)[:200]}
         return _reply(message, wire.Envelope(dropped))

@@ -217,10 +217,11 @@ class _Choice:
         rows = _sums(2 * left * (matrix @ self._right.T) - np.square(left))
         columns = _sums(np.square(right).T)
         squares = np.square(matrix)
+        by_row, by_column = squares.sum(1), squares.sum(0)
         self._powers, self._forecasts = [], []
         for r in self._ranks:
-            row = np.maximum(squares.sum(1) - rows[:, r], 0)
-            column = np.maximum(squares.sum(0) - columns[:, r], 0)
+            row = np.maximum(by_row - rows[:, r], 0)
+            column = np.maximum(by_column - columns[:, r], 0)
             self._powers.append(float(row.sum()))
             self._forecasts.append(codec._inner._forecast(Profile.of_matrix(row, column)))
 
