@@ -29,6 +29,7 @@ GROUPS: dict[str, str] = {
     "codec": "fedq.codecs",
     "data": "fedq.data",
     "engine": "fedq.engines",
+    "evaluation": "fedq.robustness",
     "exporter": "fedq.export",
     "guard": "fedq.guard",
     "model": "fedq.models",

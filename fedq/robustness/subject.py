@@ -1,0 +1,108 @@
+"""What is attacked: one run's model as it is deployed, its float twin, and its data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedq import config
+from fedq.data.base import Dataset
+from fedq.errors import ConfigError, FedqError
+from fedq.experiment import Experiment
+from fedq.export import _reference
+from fedq.export._convert import convert
+from fedq.export._graph import Graph
+from fedq.export._source import source
+from fedq.quantization.base import float_twin
+from fedq.results import read_config, read_model
+from fedq.simulation import partition
+
+_BATCH = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run to evaluate; made by :meth:`load`.
+
+    Attributes:
+      path: The run directory.
+      experiment: Its configuration.
+      dataset: Its data.
+      network: The trained network with its fake quantizers, in evaluation mode; gradients pass them
+        by the straight-through estimator. Outputs are those of training, not of the device.
+      tensors: Of ``model.safetensors``.
+    """
+
+    path: Path
+    experiment: Experiment
+    dataset: Dataset
+    network: nn.Module
+    tensors: dict[str, NDArray[np.float32]]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Subject:
+        """Read a run that has ended.
+
+        Raises:
+          ConfigError: If it has no model.
+          FedqError: If the model is damaged or holds numbers that are not finite.
+        """
+        path = Path(path)
+        experiment = config.load_resumed(read_config(path), [])
+        tensors, _ = read_model(path)
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise FedqError(f"{path}: {name} is not finite; there is nothing to evaluate")
+        found = source(experiment, tensors, experiment.quantization)
+        found.network.requires_grad_(False)
+        return cls(path, experiment, found.dataset, found.network, tensors)
+
+    @cached_property
+    def graph(self) -> Graph | None:
+        """The integer graph that devices compute; None if the network has no such form."""
+        try:
+            return convert(self.network, self.dataset.input_shape)
+        except ConfigError:
+            return None
+
+    def deployed(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits that devices compute, (n, classes), for inputs (n, *input_shape).
+
+        Integer arithmetic where the network has an integer form, else the fake quantizers.
+        """
+        graph = self.graph
+        parts = []
+        for start in range(0, len(x), _BATCH):
+            batch = x[start : start + _BATCH]
+            if graph is None:
+                with torch.no_grad():
+                    parts.append(self.network(torch.from_numpy(batch)).numpy())
+            else:
+                grid = graph.output.grid
+                integers = _reference.run(graph, batch) - grid.zero_point
+                parts.append((grid.scale * integers).astype(np.float32))
+        return np.concatenate(parts)
+
+    @contextmanager
+    def twin(self) -> Iterator[nn.Module]:
+        """Yield the network without its quantizers, in the ``with`` block."""
+        with float_twin(self.network):
+            yield self.network
+
+    def accuracy(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
+        """Return the share of examples that the deployed model gets right."""
+        return float((self.deployed(x).argmax(1) == y).mean())
+
+    @cached_property
+    def parts(self) -> list[NDArray[np.int64]]:
+        """The training rows of each client; some may be empty."""
+        return partition(self.experiment, self.dataset)
