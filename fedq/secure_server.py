@@ -238,6 +238,9 @@ class _Collection:
                 self._check_state(one.state)
             except (AbortedError, DecodeError) as error:
                 report.reject("secure aggregation", str(error))
+                culprit = getattr(error, "culprit", None)
+                if culprit is not None:  # else it could end every round
+                    self.current.watch.note(int(str(culprit)), "malformed")
                 continue
             sums.append(one)
             # Weights are under the mask: how many examples each has is not known.

@@ -253,20 +253,65 @@ def test_a_client_may_not_take_part_twice() -> None:
         server.receive("advertise", 1, Fleet(4).ask("advertise", 1, message))
 
 
-def test_a_dealer_of_wrong_shares_is_named_and_ends_the_round_cleanly() -> None:
+def lying_dealer(lie: Callable[[bytes, int], bytes], drop: tuple[int, ...] = ()) -> AbortedError:
+    """Return how a round ends whose client 2 changes the shares that it deals."""
     clients = 5
     fleet = Fleet(clients)
     server = Coordinator(announced(clients), SERVER, ROSTER, range(clients))
     for phase in PHASES:
         for who, message in server.messages(phase).items():
             assert isinstance(who, int)
-            if (phase, who) == ("share", 2):  # its memory says another seed than it committed to
-                memory = json.loads(fleet.memories[2] or b"")
-                memory["session"]["own_seed"] = _shamir.draw().hex()
-                fleet.memories[2] = json.dumps(memory).encode()
-            server.receive(phase, who, fleet.ask(phase, who, message))
-    with pytest.raises(AbortedError, match="client 2 dealt shares of something else"):
+            if phase == "unmask" and who in drop:
+                continue
+            if (phase, who) == ("share", 2):
+                fleet.memories[2] = lie(fleet.memories[2] or b"", 0)
+            answer = fleet.ask(phase, who, message)
+            if (phase, who) == ("share", 2):
+                answer = lie(answer, 1)
+            server.receive(phase, who, answer)
+    with pytest.raises(AbortedError) as caught:
         server.sums()
+    return caught.value
+
+
+def other_seed(data: bytes, which: int) -> bytes:
+    """Its memory says another seed than it committed to."""
+    if which == 1:
+        return data
+    memory = json.loads(data)
+    memory["session"]["own_seed"] = _shamir.draw().hex()
+    return json.dumps(memory).encode()
+
+
+def broken_seals(data: bytes, which: int) -> bytes:
+    """Nobody can open the shares that it sealed."""
+    if which == 0:
+        return data
+    size = 4 * _messages.SEALED_BYTES
+    return data[:-size] + bytes(255 - byte for byte in data[-size:])
+
+
+def test_a_dealer_of_wrong_shares_is_named_and_ends_the_round_cleanly() -> None:
+    error = lying_dealer(other_seed)
+    assert "client 2 dealt shares of something else" in str(error)
+    assert error.culprit == 2
+
+
+def test_a_dealer_whose_shares_nobody_can_open_is_to_blame() -> None:
+    error = lying_dealer(broken_seals)
+    assert "shares of client 2's keys came back" in str(error)
+    assert error.culprit == 2
+
+
+def test_nobody_is_to_blame_for_shares_of_which_holders_are_lost() -> None:
+    """Two holders lost, and one without: as many as may lie, so it may be bad luck."""
+
+    def one_broken_seal(data: bytes, which: int) -> bytes:
+        return data if which == 0 else data[:-1] + bytes([255 - data[-1]])
+
+    threshold = announced(5).threshold
+    error = lying_dealer(one_broken_seal, drop=tuple(range(5 - threshold)))
+    assert error.culprit is None
 
 
 # --- a server that lies --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fedq.errors import ConfigError, FedqError
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.random import derive
 from fedq.secagg import PHASES, _words
+from fedq.secagg._messages import SEALED_BYTES
 from fedq.secagg.base import OnGrid
 from fedq.secure_server import SecureServer
 from fedq.state import StateStore
@@ -173,6 +174,28 @@ def test_a_bad_client_loses_itself(lie: Lie, tmp_path: Path) -> None:
     expected = np.mean([delta(i) for i in range(CLIENTS) if i != 4], axis=0)
     np.testing.assert_allclose(state.weights, expected, atol=1 / 2047)
     assert set(report.rejected) <= {"malformed", "seed"}
+
+
+def test_who_deals_wrong_shares_cannot_end_every_round(tmp_path: Path) -> None:
+    def lie(message: Message, reply: Message, client: int) -> Message:
+        envelope = wire.unseal(records.unpack(message.content), wire.SECURE_MAGIC)
+        if client != 4 or envelope.metadata["phase"] != "share":
+            return reply
+        answer = wire.unseal(records.unpack(reply.content))
+        size = (CLIENTS - 1) * SEALED_BYTES
+        content = bytes(answer.parts[0])
+        sealed = bytes(255 - byte for byte in content[-size:])
+        fake = wire.Envelope(answer.metadata, [content[:-size] + sealed])
+        return Message(records.pack(wire.seal(fake)), reply_to=message)
+
+    fedq = strategy(mode(bits=12), weighting="uniform", guard=build("guard", "relative", strikes=2))
+    fleet, state = Fleet(tmp_path, tamper=lie), fedq.initial(np.zeros(LAYOUT.size, np.float32))
+    replies = []
+    for _ in range(3):
+        state, report = fedq.run_round(InlineGrid(fleet, CLIENTS), state)
+        replies.append(report.replies)
+    assert replies == [0, 0, CLIENTS - 1]
+    assert report.rejected.total() == 0
 
 
 def test_a_sum_beyond_what_honest_clients_send_is_refused(tmp_path: Path) -> None:

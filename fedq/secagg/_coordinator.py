@@ -18,7 +18,16 @@ from fedq.secagg._party import context_of, graph_seed
 
 
 class AbortedError(FedqError):
-    """The round has no sum: too few clients are left, or one of them broke it."""
+    """The round has no sum: too few clients are left, or one of them broke it.
+
+    Attributes:
+      culprit: The client that no honest one would be, as the transport names it; None if it may be
+        bad luck.
+    """
+
+    def __init__(self, reason: str, culprit: Hashable = None) -> None:
+        super().__init__(reason)
+        self.culprit = culprit
 
 
 @dataclass
@@ -234,7 +243,8 @@ class Coordinator:
         """Close the last phase and return the sums of the survivors' integers, exactly.
 
         Raises:
-          AbortedError: If a key cannot be put together; it names the client whose it is.
+          AbortedError: If a key cannot be put together. It names the client whose it is, as the
+            culprit if the shares that it dealt are wrong.
         """
         plus: list[bytes] = []
         minus: list[bytes] = []
@@ -274,9 +284,13 @@ class Coordinator:
             if dealer in self._members[i].shares
         }
         if len(shares) < threshold:
+            # Holders who answered and have no good share of it: more than may lie, or lost ones.
+            without = sum(bool(self._members[i].shares) for i in member.near) - len(shares)
+            liars = len(member.near) - threshold
             raise AbortedError(
                 f"{len(shares)} of {threshold} shares of client {member.advert.client}'s keys came "
-                "back; the sum stays masked"
+                "back; the sum stays masked",
+                culprit=member.who if without > liars else None,
             )
         holders = tuple(shares)[:threshold]
         if holders not in bases:
@@ -287,7 +301,8 @@ class Coordinator:
     def _dealt_wrongly(member: _Member) -> AbortedError:
         return AbortedError(
             f"client {member.advert.client} dealt shares of something else than its keys; the sum "
-            "stays masked"
+            "stays masked",
+            culprit=member.who,
         )
 
     def _check_enough(self, left: Collection[int], what: str) -> None:
