@@ -95,6 +95,8 @@ class PrivacyState:
             PREFIX + "clients": self.ledger.clients,
             PREFIX + "releases": self.ledger.releases,
             PREFIX + "rdp": self.ledger.rdp,
+            PREFIX + "steps": self.ledger.steps,
+            PREFIX + "share": self.ledger.share,
         }
 
     def meta(self) -> dict[str, float]:
@@ -108,7 +110,8 @@ class PrivacyState:
         """Return the state of a checkpoint, None if it has none."""
         if meta is None:
             return None
-        named = (tensors[PREFIX + name] for name in ("clients", "releases", "rdp"))
+        columns = "clients", "releases", "rdp", "steps", "share"
+        named = (tensors[PREFIX + name] for name in columns)
         return cls(meta["clip"], meta["noise_multiplier"], Ledger(*named))
 
 
@@ -327,11 +330,15 @@ class Mechanism(Privacy):
         """Return the epsilon of a total, (orders,)."""
         return rdp_epsilon(rdp, self.delta)
 
+    def spent(self, ledger: Ledger) -> float:
+        """Return an epsilon that no client exceeds."""
+        return self.epsilon_of(ledger.worst())
+
     def report(self, state: PrivacyState | None) -> dict[str, Any]:
         """Return the running epsilon, and what it is of."""
         assert state is not None
         return {
-            "epsilon": self.epsilon_of(state.ledger.worst()),
+            "epsilon": self.spent(state.ledger),
             "delta": self.delta,
             "unit": self.unit,
             "releases": int(state.ledger.releases.max(initial=0)),

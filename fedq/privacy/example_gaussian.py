@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedq.errors import ConfigError
 from fedq.privacy._entropy import Entropy
-from fedq.privacy._ledger import ORDERS, Rdp, dp_accounting
+from fedq.privacy._ledger import ORDERS, Ledger, Rdp, dp_accounting, sampled_gaussian_epsilon
 from fedq.privacy.base import Contribution, Mechanism, PrivacyState, Round
 from fedq.registry import register
 from fedq.training_config import TrainingConfig
@@ -54,7 +56,9 @@ class ExampleGaussian(Mechanism):
     against: ClassVar[str] = (
         "everybody but the client itself; the server, too, as long as it asks for the stated noise"
     )
-    accountant: ClassVar[str] = "RDP of the Poisson-sampled Gaussian"
+    accountant: ClassVar[str] = (
+        "PLD of the Poisson-sampled Gaussian; RDP for a client whose number of examples changed"
+    )
     assumptions: ClassVar[tuple[str, ...]] = (
         "a client's number of examples is public, and is what it says",
     )
@@ -96,7 +100,7 @@ class ExampleGaussian(Mechanism):
         """Return why a client takes no part: a round alone would exceed the budget."""
         if self.epsilon is None:
             return None
-        cost = self.epsilon_of(self.round_rdp(examples, about))
+        cost = self._epsilon(self.round_rdp(examples, about), *self.sampling(examples, about))
         if cost <= self.epsilon:
             return None
         return (
@@ -114,7 +118,8 @@ class ExampleGaussian(Mechanism):
         """Return the state with a round in its ledger."""
         assert state is not None
         costs = np.stack([self.round_rdp(one.examples, about) for one in accepted])
-        ledger = state.ledger.charged([one.client for one in accepted], costs)
+        sampling = [self.sampling(one.examples, about) for one in accepted]
+        ledger = state.ledger.charged([one.client for one in accepted], costs, sampling)
         return dataclasses.replace(state, ledger=ledger)
 
     def exhausted(
@@ -127,17 +132,42 @@ class ExampleGaussian(Mechanism):
         assert state is not None
         if self.epsilon is None:
             return False
-        releases, spent = state.ledger.of(clients)
-        ahead = spent * (1 + 1 / np.maximum(releases, 1))[:, None]
-        return self.epsilon_of(ahead.max(axis=0)) > self.epsilon
+        ledger = state.ledger
+        seen = [row for row in ledger.rows(clients) if row is not None]
+        ahead = 1 + 1 / ledger.releases[seen]
+        steps = np.ceil(ledger.steps[seen] * ahead).astype(np.int64)
+        rdp = ledger.rdp[seen] * ahead[:, None]
+        return self._worst(rdp, ledger.share[seen], steps) > self.epsilon
+
+    def spent(self, ledger: Ledger) -> float:
+        """Return the largest epsilon of a client."""
+        return self._worst(ledger.rdp, ledger.share, ledger.steps)
+
+    def _epsilon(self, rdp: Rdp, share: float, steps: int) -> float:
+        """Return one client's epsilon: the better of both accounts."""
+        by_rdp = self.epsilon_of(rdp)
+        if not steps or math.isnan(share):
+            return by_rdp
+        return min(by_rdp, sampled_gaussian_epsilon(self.sigma, share, int(steps), self.delta))
+
+    def _worst(self, rdp: Rdp, share: NDArray[np.float64], steps: NDArray[np.int64]) -> float:
+        """Return the largest of several clients' epsilons; few distributions are computed."""
+        bounds = np.array([self.epsilon_of(row) for row in rdp])
+        worst = 0.0
+        for i in np.argsort(-bounds, kind="stable"):
+            if bounds[i] <= worst:
+                break
+            worst = max(worst, self._epsilon(rdp[i], float(share[i]), int(steps[i])))
+        return worst
 
     def statement(
         self, state: PrivacyState | None, clients: int, *, masked: bool = False
     ) -> dict[str, Any]:
         """Return the guarantee, and each client's own epsilon."""
         assert state is not None
-        numbers, rdp = state.ledger.clients.tolist(), state.ledger.rdp
-        own = {str(n): self.epsilon_of(row) for n, row in zip(numbers, rdp, strict=True)}
+        ledger = state.ledger
+        columns = zip(ledger.clients, ledger.rdp, ledger.share, ledger.steps, strict=True)
+        own = {str(n): self._epsilon(rdp, float(q), int(steps)) for n, rdp, q, steps in columns}
         return {**super().statement(state, clients, masked=masked), "epsilon_by_client": own}
 
 
