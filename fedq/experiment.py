@@ -184,6 +184,9 @@ class Experiment:
         )
         if self.secure_aggregation.integers:
             self._check_sums()
+        if cohort := self._cohort():
+            sums = self.secure_aggregation.integers and self.secure_aggregation.groups(cohort, 0)
+            self.aggregator.check(len(sums) if sums else cohort)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     def _check_sums(self) -> None:
@@ -200,17 +203,19 @@ class Experiment:
             f"{mode} does not code beside earlier models; uplink_context must be false",
             self.uplink_context,
         )
-        cohort = self.clients_per_round
-        if isinstance(cohort, float):
-            cohort = 0 if self.clients is None else max(1, round(cohort * self.clients))
-        elif self.clients is not None:
-            cohort = min(cohort, self.clients)
         self.secure_aggregation.check(
-            clients=cohort or None,
+            clients=self._cohort(),
             max_weight=1 if self.weighting == "uniform" else self.max_examples,
             aggregator=self.aggregator.name,
             privacy=self.privacy,
         )
+
+    def _cohort(self) -> int | None:
+        """Return how many clients a round asks, None if that follows from the data."""
+        cohort = self.clients_per_round
+        if isinstance(cohort, int):
+            return cohort if self.clients is None else min(cohort, self.clients)
+        return None if self.clients is None else max(1, round(cohort * self.clients))
 
     @property
     def training(self) -> TrainingConfig:

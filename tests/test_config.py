@@ -47,6 +47,22 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["attack=alie", "codec=dtcq", "uplink_context=true"], "attack needs uplink_context=false"),
         (["aggregator=bulyan", "aggregator.f=0.3"], "n >= 4 f + 3"),
         (["aggregator=krum", "aggregator.f=-1"], "n >= 2 f + 3"),
+        (["aggregator=krum", "aggregator.f=4"], "n >= 2 f + 3 updates, and has n = 10, f = 4"),
+        (["aggregator=monna", "aggregator.f=5"], "n >= 2 f + 1 updates, and has n = 10"),
+        (
+            ["aggregator=bucketing", "aggregator.inner=krum", "aggregator.inner.f=2"],
+            "n >= 2 f + 3 updates, and has n = 5",
+        ),
+        (
+            [
+                *(
+                    f"aggregator{o}"
+                    for o in ("=nearest_neighbour_mixing", ".inner=krum", ".inner.f=1")
+                ),
+                "clients=4",
+            ],
+            "n = 4",
+        ),
         (["aggregator=bucketing", "aggregator.inner=fltrust"], "cannot stand inside bucketing"),
         (["downlink=error_feedback", "downlink.inner=sign"], "cannot feed errors back"),
         (["engine.workers=-1"], "engine.workers"),

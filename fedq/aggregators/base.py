@@ -66,6 +66,13 @@ class Aggregator(abc.ABC):
         The finite-sample breakdown point of Donoho and Huber 1983, times n.
         """
 
+    def check(self, n: int) -> None:  # noqa: B027 - most rules take any number
+        """Refuse ``n`` updates if they are too few for the rule's options.
+
+        Raises:
+          ConfigError: With the rule's condition.
+        """
+
     @property
     def trusted_examples(self) -> int:
         """Training examples of the server's own that this rule needs; 0 is none.

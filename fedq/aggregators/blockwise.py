@@ -161,6 +161,10 @@ class Selecting(Blockwise):
         f = hostile(self.f, n)
         return f if n >= self.least[0] * f + self.least[1] else 0
 
+    def check(self, n: int) -> None:
+        """Refuse too few updates for ``f``."""
+        enough(self.f, n, self.name, self.least)
+
     def _hostile(self, n: int) -> int:
         """Return f of n updates, checked."""
         return enough(self.f, n, self.name, self.least)

@@ -61,6 +61,10 @@ class Bucketing(Blockwise):
         """That of ``inner`` for ``ceil(n / size)``."""
         return self.inner.breakdown(self._buckets(n))
 
+    def check(self, n: int) -> None:
+        """Refuse too few buckets for ``inner``."""
+        self.inner.check(self._buckets(n))
+
     def _buckets(self, n: int) -> int:
         return -(-n // self.size)
 

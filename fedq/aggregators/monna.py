@@ -53,6 +53,10 @@ class MoNNA(Trusted):
         """``f``: as many honest ones are at least as near."""
         return min(hostile(self.f, n), (n - 1) // 2)
 
+    def check(self, n: int) -> None:
+        """Refuse too few updates for ``f``."""
+        enough(self.f, n, self.name, _LEAST)
+
     def _aggregate_beside(
         self, updates: NDArray[np.float32], weights: Weights, reference: Vector
     ) -> Vector:

@@ -51,6 +51,11 @@ class NearestNeighbourMixing(Selecting):
         """The smaller one of ``f`` and that of ``inner``."""
         return min(super().breakdown(n), self.inner.breakdown(n))
 
+    def check(self, n: int) -> None:
+        """Refuse too few updates for ``f``, or for ``inner``."""
+        super().check(n)
+        self.inner.check(n)
+
     def _mixing(self, products: Products, weights: Weights) -> NDArray[np.float64]:
         n, f = products.n, self._hostile(products.n)
         near = np.argsort(products.distances, axis=1, kind="stable")[:, : n - f]
