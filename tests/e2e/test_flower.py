@@ -101,12 +101,16 @@ def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def flwr_run(app: Path, environment: dict[str, str], *overrides: str) -> str:
+    return run_app(app, environment, f'hydra="{" ".join(overrides)}"')
+
+
+def run_app(app: Path, environment: dict[str, str], run_config: str) -> str:
     done = subprocess.run(
         [
             flower("flwr"), "run", ".", "--stream",
             "--federation-config",
             "num-supernodes=6 client-resources-num-cpus=1 init-args-num-cpus=2",
-            "--run-config", f'hydra="{" ".join(overrides)}"',
+            "--run-config", run_config,
         ],
         cwd=app,
         env=environment,
@@ -168,6 +172,15 @@ def test_masks_and_seals_over_flower_s_own_messages(
     fedq_simulate(app, *options, *clear)
     for key in ("rounds", "updates", "rejected", "accuracy", "model_sha256"):
         assert summary(run)[key] == summary(local)[key], (key, text)
+
+
+@pytest.mark.slow
+def test_a_stock_app_with_fedq_s_codecs(superlink: dict[str, str], tmp_path: Path) -> None:
+    app = tmp_path / "quickstart"
+    shutil.copytree(REPOSITORY / "examples" / "flower_quickstart", app)
+    text = run_app(app, superlink, "num-server-rounds=2")
+    assert "times less" in text, text
+    assert "Received 3 results and 0 failures" in text, text
 
 
 # --- what a node reads of the two configurations ------------------------------------------------
