@@ -75,7 +75,7 @@ def source(
     if calibrate is not None and calibrate < 1:
         raise ConfigError(f"--calibrate must be at least 1 example, not {calibrate}")
     dataset = load(experiment.data)
-    float_network = create(experiment.model, dataset.input_shape, dataset.classes)
+    float_network = create(experiment.model, dataset.input_shape, dataset.outputs)
     network = quantization.prepare(float_network).eval()
     wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     own = {name for name in wanted if not _of_quantizer(network, name)}
