@@ -23,7 +23,7 @@ from fedq.results import read_config, read_model
 from fedq.training import Trainer
 
 MOST_EXAMPLES = 1000
-#: Points of the front whose accuracy is measured.
+#: Points of the front that are measured.
 MEASURED = 8
 
 
@@ -39,7 +39,7 @@ class Allocation:
       losses: Per layer, the loss that each width adds alone.
       chosen: The best within the budget.
       budget: In units of cost.
-      measured: Points of the front, and uniform widths, with the accuracy on the test set of
+      measured: Points of the front, and uniform widths, with the task's metric on the test set of
         weights at these widths and activations in float.
     """
 
@@ -103,8 +103,8 @@ def allocate(
     tensors, _ = read_model(run)
     dataset = load(registry.from_config("data", settings["data"]))
     model = registry.from_config("model", settings["model"])
-    layers = Layers.of(create(model, dataset.input_shape, dataset.classes))
-    trainer = Trainer(layers.network)
+    layers = Layers.of(create(model, dataset.input_shape, dataset.outputs))
+    trainer = Trainer(layers.network, registry.from_config("task", dataset.task))
     fresh = trainer.state_layout.unflatten(trainer.state())
     state = {name: tensors.get(name, value) for name, value in fresh.items()}
     try:
@@ -136,8 +136,8 @@ def allocate(
     measured = []
     for kind, point in _shown(points, chosen, table, losses, allowed):
         layers.quantize(dict(zip(layers.names, point.bits, strict=True)), scheme)
-        accuracy = trainer.evaluate(x, y).accuracy
-        measured.append({"kind": kind, **dataclasses.asdict(point), "accuracy": accuracy})
+        score = {trainer.task.metric.name: trainer.evaluate(x, y).score}
+        measured.append({"kind": kind, **dataclasses.asdict(point), **score})
     return Allocation(
         layers.names,
         tuple(sizes.values()),

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from fedq.training import Trained, Trainer
 
 EMPTY = Layout((), ())
-#: What of a request's metadata decides the model.
+#: What of a request's metadata decides the model, and what it says only if it is no classification.
 MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
+TASK_KEY = "task"
 #: A node's own choice among the federation's weight widths, in bits; 0 is float.
 WIDTH_KEY = "weight-bits"
 
@@ -278,8 +279,8 @@ class Site(Protocol):
     def identity(self, context: Context) -> int:
         """Return the client's number."""
 
-    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the local training data: (n, ...) channel-first inputs and (n,) labels."""
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return the local training data: (n, ...) inputs, channels first, and their truths."""
 
     def store(self, context: Context) -> StateStore:
         """Return where this client keeps state between rounds."""
@@ -318,7 +319,7 @@ class SimulatedSite:
         """Return the node's partition."""
         return int(context.node_config["partition-id"])
 
-    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return the partition's rows."""
         from fedq.data.base import load
 
@@ -471,7 +472,7 @@ class Client:
         from fedq.training import trainer_for
 
         try:
-            spec = {key: metadata[key] for key in MODEL_KEYS}
+            spec = _spec(metadata)
         except KeyError as error:
             raise FedqError(f"the request names no {error}; client and server differ") from None
         key = json.dumps(spec, sort_keys=True)
@@ -496,7 +497,7 @@ class Client:
 def _train(
     trainer: Trainer,
     x: NDArray[np.float32],
-    y: NDArray[np.int64],
+    y: NDArray[Any],
     training: TrainingConfig,
     task: Task,
     client: int,
@@ -510,12 +511,17 @@ def _train(
     return trainer.train(x, y, training, task.seed(client, "train"))
 
 
+def _spec(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a request decides the model and its task."""
+    own = {TASK_KEY} & metadata.keys()
+    return {key: metadata[key] for key in (*MODEL_KEYS, *own)}
+
+
 def _initial(metadata: Mapping[str, Any]) -> Vector:
     """Build the model that the server started from."""
     from fedq.training import trainer_for
 
-    spec = {key: metadata[key] for key in MODEL_KEYS}
-    return trainer_for(**spec, seed=derive(int(metadata["seed"]), "model")).weights()
+    return trainer_for(**_spec(metadata), seed=derive(int(metadata["seed"]), "model")).weights()
 
 
 def client_app(make_site: Callable[[], Site]) -> ClientApp:

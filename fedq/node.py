@@ -102,7 +102,7 @@ class DeviceSite:
         """Return ``partition-id``; without one, the number that Flower gave to the node."""
         return int(context.node_config.get("partition-id", context.node_id))
 
-    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return the training half of the device's data."""
         dataset = load(self.data)
         return dataset.train_inputs(np.arange(len(dataset.y_train))), dataset.y_train

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from fedq.errors import ConfigError
 from fedq.layout import Vector
@@ -24,6 +23,7 @@ from fedq.privacy._samplers import MAX_TABLE_SIGMA
 from fedq.privacy.base import Privacy, Round
 from fedq.privacy.example_gaussian import ExampleGaussian
 from fedq.privacy.gaussian import GRID, noisy_sum
+from fedq.tasks.base import Task
 from fedq.training import Diverged, Trained, Trainer, _batches, _Sgd
 from fedq.training_config import TrainingConfig
 
@@ -71,7 +71,7 @@ def _hooked(model: nn.Module) -> Any:
 def train_privately(
     trainer: Trainer,
     x: NDArray[np.float32],
-    y: NDArray[np.int64],
+    y: NDArray[Any],
     config: TrainingConfig,
     privacy: ExampleGaussian,
     about: Round,
@@ -82,7 +82,7 @@ def train_privately(
     Args:
       trainer: With the round's model; see :func:`check` for which.
       x: (n, ...) examples, channels first.
-      y: (n,) labels.
+      y: (n, ...) truths of the trainer's task.
       config: Batches, epochs and steps; what it does beyond the gradient follows the noise.
       privacy: The mechanism.
       about: The round.
@@ -93,6 +93,7 @@ def train_privately(
       Diverged: If the weights are not finite.
     """
     check(trainer, privacy)
+    y = trainer.task.truths(x, y)
     start = trainer.weights()
     weights, gradient = torch.from_numpy(start.copy()), torch.zeros(start.size)
     step = _Sgd(config, weights, gradient)
@@ -104,7 +105,7 @@ def train_privately(
         for _ in range(steps):
             trainer.load(weights.numpy())
             chosen = np.flatnonzero(entropy.uniform(len(x)) < share)
-            total = _clipped_sum(hooked, x, y, chosen, privacy.clip, start.size)
+            total = _clipped_sum(hooked, trainer.task, x, y, chosen, privacy.clip, start.size)
             noisy = noisy_sum(
                 total,
                 privacy.clip,
@@ -126,8 +127,9 @@ def train_privately(
 
 def _clipped_sum(
     hooked: Any,
+    task: Task,
     x: NDArray[np.float32],
-    y: NDArray[np.int64],
+    y: NDArray[Any],
     chosen: NDArray[np.int64],
     clip: float,
     size: int,
@@ -139,8 +141,8 @@ def _clipped_sum(
     parameters = [p for p in hooked._module.parameters() if p.requires_grad]
     with warnings.catch_warnings():  # inputs need no gradient, which torch remarks on
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        for inputs, labels in _batches(x, y, chosen, max(1, min(64, GRADIENT_VALUES // size))):
-            loss = functional.cross_entropy(hooked(inputs), labels, reduction="sum")
+        for inputs, truths in _batches(x, y, chosen, max(1, min(64, GRADIENT_VALUES // size))):
+            loss = task.loss(hooked(inputs), inputs, truths, "sum")
             loss.backward()  # type: ignore[no-untyped-call]
             samples = [p.grad_sample.flatten(1) for p in parameters]
             rows = torch.cat(samples, dim=1).double()

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from fedq.metrics import ACCURACY, metric_of
+
 if TYPE_CHECKING:  # the server brings torch
     from fedq.experiment import Experiment
     from fedq.server import Observer
@@ -52,21 +54,22 @@ class _Totals:
 
     def __init__(self) -> None:
         self.up = self.down = self.plain = 0
-        self.accuracy: float | None = None
+        self.metric = ACCURACY
+        self.score: float | None = None
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.up += record["uplink_bytes"]
         self.down += record["downlink_bytes"]
         self.plain += record["float32_uplink_bytes"] + record["float32_downlink_bytes"]
-        if record.get("accuracy") is not None:
-            self.accuracy = record["accuracy"]
+        if metric := metric_of(record):
+            self.metric, self.score = metric, record[metric.name]
 
     def text(self) -> str:
-        accuracy = "   -  " if self.accuracy is None else f"{100 * self.accuracy:5.1f} %"
+        score = f"{self.metric.title} {self.metric.text(self.score):>7}"
         sent = self.up + self.down
         # The float baseline is float32 but for the frames: no ratio to speak of.
         ratio = f", {self.plain / sent:.1f}x below float32" if self.plain > 1.01 * sent else ""
-        return f"accuracy {accuracy}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
+        return f"{score}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
 
 
 def _warn(record: Mapping[str, Any]) -> None:

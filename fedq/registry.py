@@ -38,6 +38,7 @@ GROUPS: dict[str, str] = {
     "quantization": "fedq.quantization",
     "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",
+    "task": "fedq.tasks",
     "weight_quantizer": "fedq.quantization.weights",
 }
 

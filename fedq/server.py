@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import private_training, registry
+from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
 from fedq.engines.adversary import Adversary
@@ -22,6 +23,7 @@ from fedq.experiment import Experiment
 from fedq.guard import GuardState
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
+from fedq.metrics import metric_of
 from fedq.privacy.base import PrivacyState
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
@@ -97,7 +99,7 @@ class _Server:
         self.observer = observer
         model = registry.to_config(experiment.model)
         quantization = registry.to_config(experiment.quantization)
-        shape, classes = list(dataset.input_shape), dataset.classes
+        shape, outputs = list(dataset.input_shape), dataset.outputs
         variants = experiment.quantization.variants
         #: One per kind of client; all have the same weights.
         self.trainers: list[Trainer] = [
@@ -105,7 +107,8 @@ class _Server:
                 model,
                 quantization,
                 shape,
-                classes,
+                outputs,
+                dataset.task,
                 seed=derive(experiment.seed, "model"),
                 variant=variant,
             )
@@ -129,8 +132,9 @@ class _Server:
                 "model": model,
                 "quantization": quantization,
                 "input_shape": shape,
-                "classes": classes,
+                "classes": outputs,
                 "training": experiment.training.to_config(),
+                **({} if dataset.classes else {TASK_KEY: dict(dataset.task)}),
             },
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,
@@ -150,7 +154,7 @@ class _Server:
         )
 
     @cached_property
-    def _root(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """The server's own examples: a seeded sample of its training half."""
         rows = len(self.dataset.y_train)
         count = min(self.experiment.aggregator.trusted_examples, rows)
@@ -242,16 +246,17 @@ class _Server:
             trainer.load(state.weights, own)
         deployed = [trainer.evaluate(self.x_test, self.y_test) for trainer in self.trainers]
         twin = self.trainer.evaluate(self.x_test, self.y_test, float_twin=True)
+        metric = self.trainer.task.metric
         judged: dict[str, Any] = {
-            "accuracy": deployed[0].accuracy,
-            "float_accuracy": twin.accuracy,
+            metric.name: deployed[0].score,
+            metric.float_name: twin.score,
             "loss": deployed[0].loss,
             "evaluation_seconds": time.perf_counter() - start,
         }
         if len(deployed) > 1:
             names = self.strategy.variants
-            accuracies = [evaluation.accuracy for evaluation in deployed]
-            judged["accuracy_by_width"] = dict(zip(names, accuracies, strict=True))
+            scores = [evaluation.score for evaluation in deployed]
+            judged[f"{metric.name}_by_width"] = dict(zip(names, scores, strict=True))
         return judged
 
     def _write(self, state: ServerState, report: RoundReport, judged: dict[str, Any]) -> None:
@@ -295,6 +300,7 @@ class _Server:
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
         summary |= footprint(self.trainer.model)
         summary |= self.strategy.statement(state)
+        summary |= self.dataset.references
         if state.round < self.experiment.rounds:
             summary["stopped"] = (
                 f"after {state.round} of {self.experiment.rounds} rounds: the next could exceed "
@@ -325,20 +331,23 @@ def summarise(
     for record in rounds:
         for reason, count in record["rejected"].items():
             rejected[reason] = rejected.get(reason, 0) + count
-    evaluated = [record for record in rounds if record.get("accuracy") is not None]
+    evaluated = [record for record in rounds if metric_of(record)]
     if not evaluated:
         raise FedqError("rounds.jsonl has no evaluated round; start the run again")
     judged = evaluated[-1]
+    metric = metric_of(judged)
+    assert metric is not None
 
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    by_width = {key: judged[key] for key in ("accuracy_by_width",) if key in judged}
+    by_width = {key: judged[key] for key in (f"{metric.name}_by_width",) if key in judged}
     return by_width | {
         "name": experiment.name,
-        "accuracy": judged["accuracy"],
-        "float_accuracy": judged["float_accuracy"],
-        "best_accuracy": max(record["accuracy"] for record in evaluated),
+        "metric": metric.name,
+        metric.name: judged[metric.name],
+        metric.float_name: judged[metric.float_name],
+        f"best_{metric.name}": metric.best(record[metric.name] for record in evaluated),
         "loss": judged["loss"],
         "rounds": rounds[-1]["round"],
         "clients": experiment.clients,

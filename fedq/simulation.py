@@ -61,7 +61,7 @@ def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64
         clients = DEFAULT_CLIENTS if ids is None else len(np.unique(ids))
     seed = derive(experiment.seed, "partition")
     parts: list[NDArray[np.int64]] = experiment.partition.split(
-        dataset.y_train, clients, seed, dataset.client_train
+        dataset.strata, clients, seed, dataset.client_train
     )
     return parts
 
@@ -87,7 +87,7 @@ class PoisonedSite(SimulatedSite):
     attack: Any = None
     hostile: frozenset[int] = frozenset()
 
-    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return the partition's rows, with the attack's labels if it is hostile."""
         x, y = super().examples(context)
         if self.identity(context) in self.hostile:

@@ -11,12 +11,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedq import registry
 from fedq.errors import ConfigError, FedqError
@@ -26,10 +26,10 @@ from fedq.models.norms import LOCAL
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
+from fedq.tasks.base import Task
+from fedq.tasks.classification import Classification
 from fedq.training_config import TrainingConfig
 
-#: Softens the logits that a quantized network is taught with (Hinton et al. 2015, section 2).
-TEMPERATURE = 2.0
 #: Parameters and buffers of the largest network that a configuration may ask for: 1 GiB in float32.
 MAX_PARAMETERS = 2**28
 
@@ -59,11 +59,16 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy (nats) and share of correct answers over some examples."""
+    """Mean loss over some examples, and the task's metric."""
 
     loss: float
-    accuracy: float
+    score: float
     examples: int
+
+    @property
+    def accuracy(self) -> float:
+        """The score of a classification: the share of correct answers."""
+        return self.score
 
 
 class Trainer:
@@ -78,6 +83,7 @@ class Trainer:
     Args:
       model: A network as built by :func:`fedq.models.create`, perhaps prepared by a quantization.
         It is taken over: its parameters and buffers become views of the trainer's vectors.
+      task: What its outputs mean.
 
     Attributes:
       model: The network.
@@ -102,7 +108,7 @@ class Trainer:
       1.0
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task = Classification()) -> None:  # noqa: B008
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         merge_rules = _merge_rules(model)
         learned = {n: trainable.pop(n) for n in merge_rules if n in trainable}
@@ -114,7 +120,7 @@ class Trainer:
         for name, tensor in {**parameters, **floats}.items():
             if tensor.dtype != torch.float32:
                 raise ConfigError(f"{name} is {tensor.dtype}; train models in float32")
-        self.model = model
+        self.model, self.task = model, task
         self.layout = Layout.of(parameters)
         self.state_layout = Layout.of(floats)
         self.merge_rules = tuple(merge_rules.get(name, "mean") for name in floats)
@@ -188,7 +194,7 @@ class Trainer:
         return self._state_array.copy()
 
     def train(
-        self, x: NDArray[np.float32], y: NDArray[np.int64], config: TrainingConfig, seed: int
+        self, x: NDArray[np.float32], y: NDArray[Any], config: TrainingConfig, seed: int
     ) -> Trained:
         """Train from the loaded weights and state, which move to the trained ones.
 
@@ -197,16 +203,16 @@ class Trainer:
 
         Args:
           x: (n, ...) examples, channels first.
-          y: (n,) labels.
+          y: (n, ...) truths of the task: (n,) labels, for a classification.
           config: Epochs, batches and steps.
           seed: Decides the order of the examples, and the network's own randomness (dropout).
 
         Raises:
-          ConfigError: If there are no examples, not one label for each, or one example in a batch
+          ConfigError: If there are no examples, not one truth for each, or one example in a batch
             for a network with batch normalisation.
           Diverged: If the loss, an update or a range is not finite.
         """
-        _check(x, y)
+        y = self.task.truths(x, y)
         least = self._smallest_batch
         if min(len(x), config.batch_size) < least:
             which = "batch_size is 1" if config.batch_size < least else "there is 1 example"
@@ -215,7 +221,7 @@ class Trainer:
                 "out, raise batch_size or use a model without it"
             )
         start = self.weights()
-        teacher = self._float_logits(x) if self._distillation else None
+        teacher = self._float_outputs(x) if self._distillation else None
         steps_of = [_Sgd(config, self._weights, self._gradient)]
         if self._learned:
             plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
@@ -233,21 +239,20 @@ class Trainer:
                 if len(x) % config.batch_size < least:
                     order = order[: len(x) - len(x) % config.batch_size]
                 total, done = 0.0, 0
-                for inputs, labels in _batches(x, y, order, config.batch_size):
+                for inputs, truths in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
                     self._learned_gradient.zero_()
-                    logits = self.model(inputs)
-                    batch_loss = functional.cross_entropy(logits, labels)
+                    outputs = self.model(inputs)
+                    batch_loss = self.task.loss(outputs, inputs, truths)
                     if teacher is not None:
-                        taught = teacher[order[done : done + len(labels)]]
-                        batch_loss = batch_loss.lerp(
-                            _divergence(logits, taught), self._distillation
-                        )
-                        done += len(labels)
+                        taught = teacher[order[done : done + len(truths)]]
+                        divergence = self.task.divergence(outputs, taught)
+                        batch_loss = batch_loss.lerp(divergence, self._distillation)
+                        done += len(truths)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
                     for step in steps_of:
                         step()
-                    total += batch_loss.item() * len(labels)
+                    total += batch_loss.item() * len(truths)
                     steps += 1
                 loss = total / len(order)
                 if not math.isfinite(loss):
@@ -264,7 +269,7 @@ class Trainer:
             )
         return Trained(delta, state, len(x), loss, steps)
 
-    def _float_logits(self, x: NDArray[np.float32]) -> Tensor:
+    def _float_outputs(self, x: NDArray[np.float32]) -> Tensor:
         """Return what the float twin says about examples, (n, classes), and go back to training."""
         self.model.eval()
         with computing_in_float(self.model), torch.no_grad():
@@ -275,31 +280,31 @@ class Trainer:
     def evaluate(
         self,
         x: NDArray[np.float32],
-        y: NDArray[np.int64],
+        y: NDArray[Any],
         batch_size: int = 500,
         *,
         float_twin: bool = False,
     ) -> Evaluation:
-        """Return loss and accuracy with the present weights; nothing is changed.
+        """Return loss and the task's metric with the present weights; nothing is changed.
 
         Args:
           x: (n, ...) examples, channels first.
-          y: (n,) labels.
+          y: (n, ...) truths of the task.
           batch_size: Examples per forward pass; bounds memory.
           float_twin: Compute without the quantizers of a prepared network.
 
         Raises:
-          ConfigError: If there are no examples, or not one label for each.
+          ConfigError: If there are no examples, or not one truth for each.
         """
-        _check(x, y)
-        loss, correct = 0.0, 0
+        y = self.task.truths(x, y)
+        loss, judged = 0.0, []
         self.model.eval()
         with computing_in_float(self.model) if float_twin else nullcontext(), torch.no_grad():
-            for inputs, labels in _batches(x, y, np.arange(len(x)), batch_size):
-                logits = self.model(inputs)
-                loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-                correct += int((logits.argmax(1) == labels).sum())
-        return Evaluation(loss / len(x), correct / len(x), len(x))
+            for inputs, truths in _batches(x, y, np.arange(len(x)), batch_size):
+                outputs = self.model(inputs)
+                loss += self.task.loss(outputs, inputs, truths, "sum").item()
+                judged.append(self.task.judge(outputs, inputs, truths))
+        return Evaluation(loss / len(x), self.task.score(torch.cat(judged).numpy(), y), len(x))
 
 
 def trainer_for(
@@ -307,6 +312,7 @@ def trainer_for(
     quantization: object,
     input_shape: Sequence[int],
     classes: int,
+    task: object = Classification.name,
     *,
     seed: int = 0,
     variant: int = 0,
@@ -314,7 +320,8 @@ def trainer_for(
     """Return the trainer of a model given by its configuration, as it stands in a message.
 
     Server and clients call this with the same arguments, so that they share the layout; weights are
-    drawn from ``seed`` until others are loaded. ``variant`` is one of the quantization's.
+    drawn from ``seed`` until others are loaded. ``classes`` is the number of outputs, whatever the
+    task; ``variant`` is one of the quantization's.
 
     Raises:
       ConfigError: If a name or option is unknown, the model does not fit the shape, or has more
@@ -325,7 +332,8 @@ def trainer_for(
     shape = registry.convert(input_shape, tuple[int, ...], "input_shape")
     outputs = registry.convert(classes, int, "classes")
     _check_size(chosen, shape, outputs)
-    return Trainer(quantizer.prepare(create(chosen, shape, outputs, seed), variant))
+    network = quantizer.prepare(create(chosen, shape, outputs, seed), variant)
+    return Trainer(network, registry.from_config("task", task))
 
 
 def _merge_rules(model: nn.Module) -> dict[str, str]:
@@ -389,14 +397,6 @@ class _Sgd:
         self.weights.sub_(gradient, alpha=config.learning_rate)
 
 
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return T**2 KL(teacher || student) of softened outputs, mean over the batch."""
-    student = functional.log_softmax(logits / TEMPERATURE, 1)
-    taught = functional.log_softmax(teacher / TEMPERATURE, 1)
-    divergence = functional.kl_div(student, taught, reduction="batchmean", log_target=True)
-    return divergence * TEMPERATURE**2
-
-
 def _flat_views(layout: Layout, values: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return a flat vector and its views by tensor, holding ``values`` or zeros."""
     flat = torch.zeros(layout.size)
@@ -407,20 +407,14 @@ def _flat_views(layout: Layout, values: Mapping[str, Tensor]) -> tuple[Tensor, l
     return flat, views
 
 
-def _check(x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-    if len(x) == 0 or y.shape != (len(x),):
-        raise ConfigError(f"need one label for each of n > 0 examples, not {y.shape} for {len(x)}")
-
-
 def _batches(
-    x: NDArray[np.float32], y: NDArray[np.int64], order: NDArray[np.int64], batch_size: int
+    x: NDArray[np.float32], y: NDArray[Any], order: NDArray[np.int64], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Gather examples in an order, ``batch_size`` at a time."""
     for i in range(0, len(order), batch_size):
         chosen = order[i : i + batch_size]
         inputs = x.take(chosen, axis=0).astype(np.float32, copy=False)
-        labels = y.take(chosen).astype(np.int64, copy=False)
-        yield _channels_last(inputs), torch.from_numpy(labels)
+        yield _channels_last(inputs), torch.from_numpy(y.take(chosen, axis=0))
 
 
 def _channels_last(x: NDArray[np.float32]) -> Tensor:

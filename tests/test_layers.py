@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing",
+        "sealing metrics",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
     "learning": (
-        "models quantization training private_training accelerate export",
+        "models tasks quantization training private_training accelerate export",
         "flwr hydra omegaconf ray rich matplotlib",
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),

@@ -143,9 +143,9 @@ def test_refuses_values_out_of_range(name: str, options: dict[str, Any]) -> None
         fedq.build("model", name, **options)
 
 
-def test_refuses_a_single_class() -> None:
-    with pytest.raises(ConfigError, match="2 classes"):
-        create(fedq.build("model", "mlp"), (3,), 1)
+def test_refuses_a_network_without_outputs() -> None:
+    with pytest.raises(ConfigError, match="1 output"):
+        create(fedq.build("model", "mlp"), (3,), 0)
 
 
 def test_a_low_rank_model_of_full_rank_is_the_model() -> None:

@@ -60,7 +60,7 @@ def test_without_noise_and_clipping_it_is_gradient_descent() -> None:
 def test_each_example_counts_by_its_clipped_gradient() -> None:
     trainer, clip = Trainer(network()), 0.05
     hooked = _hooked(trainer.model)
-    total = _clipped_sum(hooked, X, Y, np.arange(24), clip, trainer.layout.size)
+    total = _clipped_sum(hooked, trainer.task, X, Y, np.arange(24), clip, trainer.layout.size)
     hooked.remove_hooks()
     expected = np.zeros(trainer.layout.size)
     for x, y in zip(X, Y, strict=True):

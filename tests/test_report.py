@@ -168,7 +168,7 @@ def test_an_interrupted_run_is_reported_from_its_rounds(tmp_path: Path) -> None:
     assert (cut.done, cut.planned) == (8, 20)
     assert cut.uplink_bytes == 8 * 14_000
     assert cut.uplink_bits == pytest.approx(whole.uplink_bits)
-    assert cut.accuracy == cut.rounds[-1]["accuracy"]
+    assert cut.score == cut.rounds[-1]["accuracy"]
     assert cut.seconds == pytest.approx(4.5)
     assert "fedq (unfinished)" in to_markdown([cut])
     assert "8 of 20" in to_markdown([cut])
@@ -203,10 +203,10 @@ def test_bytes_at_equal_accuracy(pair: Path) -> None:
     ours, theirs = find_runs([pair])
     equal = equal_accuracy(ours, theirs)
     assert equal is not None
-    assert theirs.accuracy is not None
+    assert theirs.score is not None
     # The same accuracies in both: the same round, so the ratio is that of bytes per round.
     assert equal.ratio == pytest.approx(2 * FLOAT_BYTES / 70_000)
-    assert equal.accuracy == pytest.approx(0.99 * theirs.accuracy)
+    assert equal.level == pytest.approx(0.99 * theirs.score)
     assert equal_accuracy(theirs, theirs).ratio == 1  # type: ignore[union-attr]
 
 
@@ -215,7 +215,7 @@ def test_a_run_that_stays_below_is_compared_at_its_own_best(tmp_path: Path) -> N
     strong = load_run(write_float(tmp_path / "strong", top=0.95))
     equal = equal_accuracy(weak, strong)
     assert equal is not None
-    assert equal.accuracy == weak.accuracy
+    assert equal.level == weak.score
     assert equal.float_bytes < strong.total_bytes
     assert equal.run_bytes == weak.total_bytes
 
@@ -240,7 +240,7 @@ def test_csv_holds_plain_numbers(pair: Path) -> None:
     ours, theirs = rows(to_csv(runs))
     assert int(ours["uplink_bytes"]) == 280_000
     assert int(ours["total_bytes"]) == runs[0].total_bytes == 1_400_000
-    assert float(ours["accuracy"]) == runs[0].accuracy
+    assert float(ours["accuracy"]) == runs[0].score
     assert float(ours["times_fewer_bytes"]) == pytest.approx(40)
     assert float(theirs["times_fewer_bytes"]) == 1
     assert ours["finished"] == "true"

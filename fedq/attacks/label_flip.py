@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq.attacks.base import Attack
+from fedq.errors import ConfigError
 from fedq.registry import register
 
 
@@ -25,4 +26,6 @@ class LabelFlip(Attack):
 
     def labels(self, y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
         """Return the labels from the other end."""
+        if classes < 2:
+            raise ConfigError("attack=label_flip needs data with classes")
         return classes - 1 - y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,12 +17,15 @@ from fedq.errors import ConfigError
 Array = NDArray[Any]
 Labels = NDArray[np.int64]
 Inputs = NDArray[np.float32]
-Kind = Literal["image", "series", "features"]
+Kind = Literal["image", "series", "spectrum", "features"]
+#: What is learned, by the name of the registered task.
+TaskName = Literal["classification", "regression", "reconstruction"]
 
 #: What each kind looks like as stored.
 LAYOUTS: Mapping[str, str] = {
     "image": "(N, H, W) or (N, H, W, C)",
     "series": "(N, T, C)",
+    "spectrum": "(N, frames, bins)",
     "features": "(N, F)",
 }
 
@@ -34,6 +37,19 @@ class Dataset:
     Inputs stay as they are stored: channels last, in the source's dtype. Models get
     :meth:`train_inputs` and :meth:`test_inputs`: float32, channels first, scaled.
 
+    Attributes:
+      x_train: (N, ...) inputs as in :data:`LAYOUTS`.
+      y_train: What the task is to say of them: (N,) classes, (N, k) numbers, or whether each is
+        anomalous, its recording and its machine, (N, 3).
+      x_test: (M, ...).
+      y_test: (M, ...).
+      classes: How many there are; 0 if the task is no classification.
+      client_train: (N,) numbers of clients, if the data has any.
+      kind: What an example is.
+      task: Configuration of the registered task, as it travels in requests.
+      references: Scores of trivial predictors on the test set, by name, such as
+        ``persistence_mae``.
+
     Example:
       >>> x, y = np.zeros((6, 8, 8), np.uint8), np.array(list("abcabc"))
       >>> data = Dataset.of(x, y, x[:3], y[:3], kind="image")
@@ -42,12 +58,14 @@ class Dataset:
     """
 
     x_train: Array
-    y_train: Labels
+    y_train: Array
     x_test: Array
-    y_test: Labels
+    y_test: Array
     classes: int
     client_train: Labels | None
     kind: Kind
+    task: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "classification"})
+    references: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -59,62 +77,91 @@ class Dataset:
         *,
         kind: Kind,
         client_train: Array | None = None,
+        task: TaskName = "classification",
+        references: Mapping[str, float] | None = None,
     ) -> Dataset:
         """Check the arrays of any source and number their labels.
 
         Args:
           x_train: (N, ...) inputs as in :data:`LAYOUTS`.
-          y_train: (N,) integers or text; numbered 0..classes-1 in sorted order.
+          y_train: Of a classification, (N,) integers or text; numbered 0..classes-1 in sorted
+            order. Of a regression, (N,) or (N, k) numbers. Of a reconstruction, (N,) or (N, 3)
+            integers: 0, and perhaps recording and machine.
           x_test: (M, ...) inputs of the same shape per example.
-          y_test: (M,) labels, all of which occur in training.
+          y_test: (M, ...) likewise; labels must all occur in training, anomalies are 1.
           kind: What an example is.
           client_train: (N,) integers or text, an id per training example, or None.
+          task: What is learned.
+          references: Scores of trivial predictors.
 
         Raises:
           ConfigError: On anything that cannot be trained on.
         """
-        for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for name, x in (("train", x_train), ("test", x_test)):
             _check_inputs(x, f"x_{name}", kind)
-            _check_ids(y, f"y_{name}", len(x), f"x_{name}")
         if x_train.shape[1:] != x_test.shape[1:]:
             raise ConfigError(
                 f"x_train holds examples of shape {x_train.shape[1:]}, "
                 f"x_test of shape {x_test.shape[1:]}; they must be equal"
             )
-        if y_train.dtype.kind in "iu" and y_test.dtype.kind in "iu":
-            known, y = np.unique(y_train, return_inverse=True)
-        else:  # compared as text, so that "3" and 3 are one class
-            known, y = np.unique(y_train.astype(str), return_inverse=True)
-            y_test = y_test.astype(str)
-        unseen = np.setdiff1d(y_test, known)
-        if unseen.size:
-            raise ConfigError(
-                f"y_test holds labels that y_train does not: {_some(unseen)}; "
-                "add training examples or drop these"
-            )
-        if known.size < 2:
-            raise ConfigError("y_train holds a single class; classification needs at least two")
+        classes, options = 0, {}
+        ys = (("y_train", y_train, len(x_train)), ("y_test", y_test, len(x_test)))
+        if task == "classification":
+            y_train, y_test, classes = _classes(ys)
+        elif task == "regression":
+            y_train, y_test = (_numbers(*y) for y in ys)
+            if y_train.shape[1] != y_test.shape[1]:
+                raise ConfigError(
+                    f"y_train holds {y_train.shape[1]} numbers per example, y_test"
+                    f" {y_test.shape[1]}; they must be equal"
+                )
+            deviation = float(y_train.std(dtype=np.float64))
+            options = {"offset": float(y_train.mean(dtype=np.float64)), "divisor": deviation}
+            if not 0 < deviation < np.inf:
+                raise ConfigError("y_train is constant or too large; there is nothing to learn")
+        else:
+            y_train, y_test = (_anomalies(*y) for y in ys)
+            if y_train[:, 0].any():
+                raise ConfigError("y_train marks anomalies; train on normal examples alone")
+            if len(np.unique(y_test[:, 0])) < 2:
+                raise ConfigError("y_test needs both normal examples (0) and anomalies (1)")
         clients = None
         if client_train is not None:
             _check_ids(client_train, "client_train", len(x_train), "x_train")
             clients = np.unique(client_train, return_inverse=True)[1].astype(np.int64)
         return cls(
             x_train=x_train,
-            y_train=y.astype(np.int64),
+            y_train=y_train,
             x_test=x_test,
-            y_test=np.searchsorted(known, y_test).astype(np.int64),
-            classes=int(known.size),
+            y_test=y_test,
+            classes=classes,
             client_train=clients,
             kind=kind,
+            task={"name": task, **options},
+            references=references or {},
         )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one model input: (C, H, W), (C, T) or (F,)."""
+        """Shape of one model input: (C, H, W), (C, T), (1, frames, bins) or (F,)."""
         shape = self.x_train.shape[1:]
+        if self.kind == "spectrum":
+            return (1, *shape)
         if self.kind == "image":
             return (1, *shape) if len(shape) == 2 else (shape[2], *shape[:2])
         return shape[::-1] if self.kind == "series" else shape
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model is to give: classes, targets, or an input's values."""
+        if self.task["name"] == "reconstruction":
+            return int(np.prod(self.input_shape))
+        return self.classes or int(self.y_train.shape[1])
+
+    @property
+    def strata(self) -> Labels:
+        """(N,) what a partition may tell training examples apart by: classes, or nothing."""
+        return self.y_train if self.classes else np.zeros(len(self.y_train), np.int64)
 
     def train_inputs(self, indices: NDArray[np.integer[Any]]) -> Inputs:
         """Return chosen training inputs, (len(indices), *input_shape) float32, contiguous."""
@@ -128,8 +175,8 @@ class Dataset:
     def scaling(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Offset and divisor of the stored inputs, broadcast over examples.
 
-        uint8 images map to [0, 1]; all else is standardised per channel or feature with the mean
-        and deviation of the training inputs. A constant one maps to zero.
+        uint8 images map to [0, 1]; all else is standardised per channel, bin or feature with the
+        mean and deviation of the training inputs. A constant one maps to zero.
         """
         x = self.x_train
         if self.kind == "image" and x.dtype == np.uint8:
@@ -152,6 +199,8 @@ class Dataset:
             scaled = ((x - offset) / divisor).astype(np.float32)
         if self.kind == "image":
             scaled = scaled[:, None] if scaled.ndim == 3 else scaled.transpose(0, 3, 1, 2)
+        elif self.kind == "spectrum":
+            scaled = scaled[:, None]
         elif self.kind == "series":
             scaled = scaled.transpose(0, 2, 1)
         return np.ascontiguousarray(scaled)
@@ -232,7 +281,7 @@ def _moments(x: Array, axes: tuple[int, ...]) -> tuple[NDArray[np.float64], NDAr
 def _check_inputs(x: Array, name: str, kind: Kind) -> None:
     if x.dtype.kind not in "buif":
         raise ConfigError(f"{name} must hold numbers, not {x.dtype}")
-    if x.ndim not in {"image": (3, 4), "series": (3,), "features": (2,)}[kind]:
+    if x.ndim not in {"image": (3, 4), "series": (3,), "spectrum": (3,), "features": (2,)}[kind]:
         raise ConfigError(f"{name} must have shape {LAYOUTS[kind]}, not {x.shape}")
     if x.size == 0:
         raise ConfigError(f"{name} is empty: its shape is {x.shape}")
@@ -242,6 +291,53 @@ def _check_inputs(x: Array, name: str, kind: Kind) -> None:
         )
     if x.dtype.kind == "f" and not all(np.isfinite(block).all() for block in _blocks(x)):
         raise ConfigError(f"{name} holds NaN or infinity; clean or drop those examples")
+
+
+def _classes(ys: Sequence[tuple[str, Array, int]]) -> tuple[Labels, Labels, int]:
+    """Return both halves' labels as numbers, and how many classes there are."""
+    for name, y, rows in ys:
+        _check_ids(y, name, rows, name.replace("y", "x", 1))
+    (_, y_train, _), (_, y_test, _) = ys
+    if y_train.dtype.kind in "iu" and y_test.dtype.kind in "iu":
+        known, y = np.unique(y_train, return_inverse=True)
+    else:  # compared as text, so that "3" and 3 are one class
+        known, y = np.unique(y_train.astype(str), return_inverse=True)
+        y_test = y_test.astype(str)
+    unseen = np.setdiff1d(y_test, known)
+    if unseen.size:
+        raise ConfigError(
+            f"y_test holds labels that y_train does not: {_some(unseen)}; "
+            "add training examples or drop these"
+        )
+    if known.size < 2:
+        raise ConfigError("y_train holds a single class; classification needs at least two")
+    return y.astype(np.int64), np.searchsorted(known, y_test).astype(np.int64), int(known.size)
+
+
+def _numbers(name: str, y: Array, rows: int) -> Inputs:
+    """Return (rows, k) float32 of (rows,) or (rows, k) numbers."""
+    if y.dtype.kind not in "buif":
+        raise ConfigError(f"{name} must hold numbers, not {y.dtype}")
+    if y.ndim not in (1, 2) or len(y) != rows or y.size == 0:
+        raise ConfigError(f"{name} must have shape ({rows},) or ({rows}, k), not {y.shape}")
+    with np.errstate(over="ignore"):
+        numbers = y.reshape(rows, -1).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise ConfigError(f"{name} holds NaN, infinity or too large numbers; clean those examples")
+    return numbers
+
+
+def _anomalies(name: str, y: Array, rows: int) -> Labels:
+    """Return (rows, 3): whether each is anomalous, its recording (by default its own), machine."""
+    if y.dtype.kind not in "iub":
+        raise ConfigError(f"{name} must hold integers: 0 for normal, 1 for anomalies")
+    if y.shape not in ((rows,), (rows, 3)):
+        raise ConfigError(f"{name} must have shape ({rows},) or ({rows}, 3), not {y.shape}")
+    if y.ndim == 1:
+        y = np.stack([y, np.arange(rows), np.zeros(rows, np.int64)], axis=1)
+    if not np.isin(y[:, 0], (0, 1)).all():
+        raise ConfigError(f"{name} must be 0 for normal examples and 1 for anomalies")
+    return y.astype(np.int64)
 
 
 def _check_ids(ids: Array, name: str, rows: int, of: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq.data.base import Data, Dataset, Kind
+from fedq.data.base import Data, Dataset, Kind, TaskName
 from fedq.errors import ConfigError
 from fedq.registry import register
 
@@ -26,13 +26,16 @@ class Npz(Data):
 
     Arrays ``x_train, y_train, x_test, y_test`` and optionally ``client_train``, an id per training
     row that makes ``partition=natural`` possible. Inputs are images (N, H, W) or (N, H, W, C),
-    series (N, T, C) or features (N, F); labels and ids are integers or text. uint8 images are
-    scaled to [0, 1], all else is standardised with training statistics. Nothing is unpickled.
+    series (N, T, C), spectra (N, frames, bins) or features (N, F); labels and ids are integers or
+    text. uint8 images are scaled to [0, 1], all else is standardised with training statistics.
+    Nothing is unpickled.
 
     Args:
       path: The file.
       kind: What an example is. ``auto`` takes two dimensions for features, four for images, and
         three for grey images if they are uint8 or square, else for series.
+      task: What is learned. A regression's ``y`` are numbers, (N,) or (N, k). A reconstruction's
+        are 0 for normal examples and 1 for anomalies, which are in the test set alone.
 
     Example:
       >>> import tempfile
@@ -45,7 +48,8 @@ class Npz(Data):
     """
 
     path: str
-    kind: Literal["auto", "image", "series", "features"] = "auto"
+    kind: Literal["auto", "image", "series", "spectrum", "features"] = "auto"
+    task: TaskName = "classification"
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
@@ -58,6 +62,7 @@ class Npz(Data):
                 *(arrays[key] for key in _KEYS),
                 kind=kind,
                 client_train=arrays.get("client_train"),
+                task=self.task,
             )
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None

@@ -30,7 +30,7 @@ class Parity:
 
     Attributes:
       examples: Of the test set.
-      differing: Examples with another class than the trained network's.
+      differing: Examples with another class than the trained network's; None if outputs are none.
       largest_steps: Largest difference between logits, in steps of the output's grid.
       moved: Share of logits that differ at all.
       operators: What the runtime computes in integers, and in float.
@@ -38,16 +38,16 @@ class Parity:
     """
 
     examples: int
-    differing: int
+    differing: int | None
     largest_steps: int
     moved: float
     operators: Operators
     logits: NDArray[np.float32]
 
     @property
-    def agreement(self) -> float:
+    def agreement(self) -> float | None:
         """Share of examples with the same class."""
-        return 1 - self.differing / self.examples
+        return None if self.differing is None else 1 - self.differing / self.examples
 
     def failures(self, graph: Graph, steps: int = STEPS) -> list[str]:
         """Return what is wrong, in words; logits may differ by ``steps``."""
@@ -63,7 +63,7 @@ class Parity:
         if self.largest_steps > steps:
             found.append(f"logits differ by {self.largest_steps} output steps, more than {steps}")
         # One example of a small test set may stand at a tie.
-        if self.differing > max(1, (1 - AGREEMENT) * self.examples):
+        if self.differing is not None and self.differing > max(1, (1 - AGREEMENT) * self.examples):
             found.append(
                 f"{self.differing} of {self.examples} examples get another class, more than"
                 f" {1 - AGREEMENT:.1%}"
@@ -77,6 +77,8 @@ def compare(
     graph: Graph,
     x: NDArray[np.float32],
     expected: NDArray[np.float32],
+    *,
+    classes: bool = True,
 ) -> Parity:
     """Execute a file and compare; see :meth:`Parity.failures`.
 
@@ -86,13 +88,14 @@ def compare(
       graph: What was written.
       x: (n, *shape) float32, channels first, scaled.
       expected: (n, classes) float32 logits of the network with fake quantizers.
+      classes: Whether the largest output is the answer.
     """
     logits = run(exporter, path, x)
     grid = graph.output.grid
     steps = np.rint((np.nan_to_num(logits, nan=1e30) - expected) / np.float32(grid.scale))
     return Parity(
         examples=len(x),
-        differing=int((logits.argmax(1) != expected.argmax(1)).sum()),
+        differing=int((logits.argmax(1) != expected.argmax(1)).sum()) if classes else None,
         largest_steps=int(min(np.abs(steps).max(), 2.0**31)),
         moved=float((steps != 0).mean()),
         operators=exporter.operators(path),

@@ -83,10 +83,13 @@ def release(
         exporter.write(graph, model, integer=True)
         exporter.write(graph, twin, integer=False)
         watch(2, 4, f"{exporter.name}: executing")
-        parity = _gate.compare(exporter, model, graph, x, simulated)
+        classes = source.dataset.classes > 0
+        parity = _gate.compare(exporter, model, graph, x, simulated, classes=classes)
         _gate.check(parity, graph, exporter, steps)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
+        task = source.task
+        metric = task.metric.name
         report: dict[str, Any] = {
             "file": exporter.file,
             "exporter": exporter.name,
@@ -96,16 +99,19 @@ def release(
             "quantization": registry.to_config(source.quantization),
             "calibrated_on_examples": source.calibrated,
             "input": _input(source, graph, exporter),
-            "output": {"classes": source.dataset.classes, **_grid(graph.output.grid)},
-            "accuracy": float((parity.logits.argmax(1) == y).mean()),
-            "trained_accuracy": float((expected.argmax(1) == y).mean()),
-            "float_accuracy": float((float_logits.argmax(1) == y).mean()),
+            "task": dict(source.dataset.task),
+            "output": {"values": source.dataset.outputs, **_grid(graph.output.grid)},
+            metric: task.evaluate(parity.logits, x, y),
+            f"trained_{metric}": task.evaluate(expected, x, y),
+            f"float_{metric}": task.evaluate(float_logits, x, y),
             "parity": {
                 "examples": parity.examples,
                 "agreement": parity.agreement,
                 "agreement_with_training": float(
                     (parity.logits.argmax(1) == expected.argmax(1)).mean()
-                ),
+                )
+                if classes
+                else None,
                 "largest_difference_steps": parity.largest_steps,
                 "logits_that_differ": parity.moved,
                 "integer_operators": dict(parity.operators.integer),

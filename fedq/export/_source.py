@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedq import random
+from fedq import random, registry
 from fedq.data.base import Dataset, load
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
@@ -20,6 +20,7 @@ from fedq.models.base import create
 from fedq.quantization.base import Quantization
 from fedq.quantization.fake import FakeQuantizer
 from fedq.quantization.placement import ACTIVATIONS
+from fedq.tasks.base import Task
 
 LOG = logging.getLogger("fedq")
 #: Training examples that ranges are taken from, unless another number is asked for.
@@ -43,6 +44,12 @@ class Source:
     quantization: Quantization
     dataset: Dataset
     calibrated: int
+
+    @property
+    def task(self) -> Task:
+        """What its outputs mean."""
+        task: Task = registry.from_config("task", self.dataset.task)
+        return task
 
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return what the network with fake quantizers gives for (n, *shape) inputs."""
@@ -75,7 +82,7 @@ def source(
     if calibrate is not None and calibrate < 1:
         raise ConfigError(f"--calibrate must be at least 1 example, not {calibrate}")
     dataset = load(experiment.data)
-    float_network = create(experiment.model, dataset.input_shape, dataset.classes)
+    float_network = create(experiment.model, dataset.input_shape, dataset.outputs)
     network = quantization.prepare(float_network).eval()
     wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     own = {name for name in wanted if not _of_quantizer(network, name)}

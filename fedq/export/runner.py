@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 PACKED, MAGIC = ".packed", b"fqpk\x01"
 SUFFIXES = ".tflite", ".onnx", ".xml", ".pte"
+METRICS = {"classification": "accuracy", "regression": "mae", "reconstruction": "auc"}
 
 
 class RunnerError(Exception):
@@ -46,7 +47,7 @@ class RunnerError(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Classify the examples of an NPZ file; return the exit status."""
+    """Answer for the examples of an NPZ file; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument(
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         required=True,
         metavar="FILE.npz",
-        help="examples as x_test or x, stored as for training, and their labels as y_test or y",
+        help="examples as x_test or x, stored as for training, and their truths as y_test or y",
     )
     parser.add_argument("--limit", type=int, help="the first N examples alone")
     parser.add_argument("--threads", type=int, default=1)
@@ -68,16 +69,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(result))
         return 0
-    accuracy = result["accuracy"]
     print(f"examples   {result['examples']}")
-    print(f"accuracy   {'unknown: no labels' if accuracy is None else f'{100 * accuracy:.2f} %'}")
+    name = METRICS[result["task"]]
+    score = result[name]
+    shown = f"{100 * score:.2f} %" if name == "accuracy" and score is not None else score
+    print(f"{name:<10} {'unknown: no truths' if score is None else shown}")
     print(f"latency    {result['latency_us']:.1f} us (median)")
     print(f"memory     {result['memory_mb']:.1f} MB more than before loading")
     return 0
 
 
 def classify(model: Path, data: Path, limit: int | None = None, threads: int = 1) -> dict[str, Any]:
-    """Return the classes of an NPZ file's examples, accuracy, latency and memory.
+    """Return the answers to an NPZ file's examples, how good they are, latency and memory.
+
+    Answers are ``classes``, or ``values`` of a regression in the units of training, or ``errors``
+    of a reconstruction: the larger, the more anomalous.
 
     Args:
       model: The exported file, ``export.json`` beside it.
@@ -89,24 +95,49 @@ def classify(model: Path, data: Path, limit: int | None = None, threads: int = 1
       RunnerError: If a file is missing or damaged, or the runtime is not installed.
     """
     x, y, labels = _read_data(data, limit)
-    x = scaled(x, describe(model))
+    about = describe(model)
+    task = about.pop("task")
+    x = scaled(x, about)
     before = _peak_mb()
     network = load(model, threads)
-    chosen, times = [], []
+    outputs, times = [], []
     for example in x:
         network.put(example[None])
         start = time.perf_counter()
         network.invoke()
         times.append(time.perf_counter() - start)
-        chosen.append(int(network.get().argmax()))
-    classes = np.array(chosen) if labels is None else labels[chosen]
+        outputs.append(network.get()[0].copy())
     return {
         "examples": len(x),
-        "classes": classes.tolist(),
-        "accuracy": None if y is None else float((classes == y).mean()),
+        "task": task["name"],
+        **judged(task, np.stack(outputs), x, y, labels),
         "latency_us": 1e6 * float(np.median(times)),
         "memory_mb": _peak_mb() - before,
         "torch": sys.modules.get("torch") is not None,
+    }
+
+
+def judged(
+    task: dict[str, Any], outputs: Array, x: Array, y: Array | None, labels: Array | None
+) -> dict[str, Any]:
+    """Return what outputs say, and the task's metric if the truth is known."""
+    if task["name"] == "regression":
+        values = outputs * task["divisor"] + task["offset"]
+        mae = None if y is None else float(np.abs(values - y.reshape(values.shape)).mean())
+        return {"values": values.tolist(), "mae": mae}
+    if task["name"] == "reconstruction":
+        errors = np.square(outputs - x.reshape(outputs.shape)).mean(1)
+        auc = None
+        if y is not None:
+            anomalous = (y if y.ndim == 1 else y[:, 0]).astype(bool)
+            gaps = errors[anomalous][:, None] - errors[~anomalous]
+            auc = float((gaps > 0).mean() + (gaps == 0).mean() / 2) if gaps.size else None
+        return {"errors": errors.tolist(), "auc": auc}
+    chosen = outputs.argmax(1)
+    classes = chosen if labels is None else labels[chosen]
+    return {
+        "classes": classes.tolist(),
+        "accuracy": None if y is None else float((classes == y).mean()),
     }
 
 
@@ -123,17 +154,19 @@ def _peak_mb() -> float:
 
 
 def describe(model: Path) -> dict[str, Any]:
-    """Return what ``export.json`` beside a model says of its input."""
+    """Return what ``export.json`` beside a model says of its input, and its task."""
     path = model.parent / "export.json"
     try:
         found = json.loads(path.read_text())
         about = found["input"]
+        task = found.get("task", {"name": "classification"})
         assert isinstance(about["shape"], list)
+        assert task["name"] in METRICS
     except FileNotFoundError:
         raise RunnerError(f"{path} is missing; copy it from the export, too") from None
     except (ValueError, KeyError, TypeError, AssertionError):
         raise RunnerError(f"{path} is damaged; copy it from the export again") from None
-    return dict(about)
+    return {**about, "task": task}
 
 
 def scaled(x: Array, about: dict[str, Any]) -> Array:
@@ -162,9 +195,9 @@ def _read_data(path: Path, limit: int | None) -> tuple[Array, Array | None, Arra
     y = held.get("y_test" if "x_test" in held else "y")
     if x is None or x.ndim == 0 or not len(x[:limit]):
         raise RunnerError(f"{path} holds no examples named x_test or x")
-    if y is not None and y.shape != x.shape[:1]:
+    if y is not None and y.shape[:1] != x.shape[:1]:
         raise RunnerError(f"{path} holds {len(x)} examples, but labels of shape {y.shape}")
-    labels = np.unique(held["y_train"]) if "y_train" in held else None
+    labels = np.unique(held["y_train"]) if "y_train" in held else None  # of a classification
     return x[:limit], None if y is None else y[:limit], labels
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from fedq.errors import FedqError
 from fedq.fleet import control
 from fedq.fleet.files import Fleet, lock_holder, read_json
+from fedq.metrics import metric_of
 from fedq.progress import megabytes
 from fedq.results import read_rounds
 
@@ -63,12 +64,14 @@ def _run(fleet: Fleet) -> dict[str, Any] | None:
     with contextlib.suppress(FedqError):
         rounds = read_rounds(Path(found["path"]))
     last = rounds[-1] if rounds else {}
-    judged = [row["accuracy"] for row in rounds if row.get("accuracy") is not None]
+    judged = [row for row in rounds if metric_of(row)]
+    metric = metric_of(judged[-1]) if judged else None
     return {
         **found,
         "going_on": lock_holder(fleet.path("run.lock")) is not None,
         "round": last.get("round", 0),
-        "accuracy": judged[-1] if judged else None,
+        "metric": metric.name if metric else None,
+        **({metric.name: judged[-1][metric.name]} if metric else {}),
         "uplink_bytes": sum(row["uplink_bytes"] for row in rounds),
         "downlink_bytes": sum(row["downlink_bytes"] for row in rounds),
         "rejected": last.get("rejected", {}),
@@ -102,10 +105,9 @@ def render(found: Mapping[str, Any]) -> Group:
 def _run_line(run: Mapping[str, Any] | None) -> str:
     if run is None:
         return "no run yet: fedq fleet run"
-    accuracy = "" if run["accuracy"] is None else f", accuracy {100 * run['accuracy']:.1f} %"
+    metric = metric_of(run)
+    score = f", {metric.title} {metric.text(run[metric.name])}" if metric else ""
     sent = f"up {megabytes(run['uplink_bytes'])}, down {megabytes(run['downlink_bytes'])}"
     state = "going on" if run["going_on"] else "over"
     lost = "".join(f", {count} {why}" for why, count in sorted(run["rejected"].items()) if count)
-    return (
-        f"run {run['path']}: round {run['round']}/{run['rounds']}, {state}{accuracy}, {sent}{lost}"
-    )
+    return f"run {run['path']}: round {run['round']}/{run['rounds']}, {state}{score}, {sent}{lost}"

@@ -20,7 +20,7 @@ class Model(abc.ABC):
 
     Subclasses are registered frozen dataclasses. What they build is traceable by ``torch.fx`` (no
     control flow that depends on values), holds float32 parameters only, and gives ``(n, classes)``
-    logits for ``(n, *input_shape)`` inputs.
+    logits for ``(n, *input_shape)`` inputs; or as many other numbers, if the task is another one.
     """
 
     group: ClassVar[str] = "model"
@@ -35,7 +35,7 @@ class Model(abc.ABC):
         Args:
           input_shape: One example, channels first: images ``(C, H, W)``, series ``(C, T)``,
             features ``(F,)``.
-          classes: Number of logits.
+          classes: Number of outputs.
 
         Raises:
           ConfigError: If the model does not take inputs of this shape.
@@ -64,7 +64,7 @@ def create(model: Model, input_shape: tuple[int, ...], classes: int, seed: int =
     Args:
       model: A registered model.
       input_shape: One example, channels first.
-      classes: Number of logits, at least 2.
+      classes: Number of outputs, at least 1.
       seed: Any integer.
 
     Raises:
@@ -76,9 +76,9 @@ def create(model: Model, input_shape: tuple[int, ...], classes: int, seed: int =
       >>> count_parameters(network)
       50890
     """
-    if not input_shape or min(input_shape) < 1 or classes < 2:
+    if not input_shape or min(input_shape) < 1 or classes < 1:
         raise ConfigError(
-            f"a model needs a non-empty input and at least 2 classes,"
+            f"a model needs a non-empty input and at least 1 output,"
             f" not {tuple(input_shape)} and {classes}"
         )
     with torch.random.fork_rng(devices=[]):

@@ -34,7 +34,7 @@ __all__ = [
     "to_markdown",
 ]
 
-PLOT, MARKDOWN, CSV = "accuracy_vs_bytes.png", "report.md", "report.csv"
+PLOT, MARKDOWN, CSV = "{}_vs_bytes.png", "report.md", "report.csv"
 
 
 def report(
@@ -42,7 +42,8 @@ def report(
 ) -> RenderableType:
     """Compare runs: write the files and return what to print.
 
-    One run directory (its float baseline belongs to it) gets ``accuracy_vs_bytes.png``. Several,
+    One run directory (its float baseline belongs to it) gets ``accuracy_vs_bytes.png``, or that
+    of the task's own metric. Several,
     or a sweep's directory, get the plot, ``report.md`` and ``report.csv``.
 
     Args:
@@ -61,7 +62,9 @@ def report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(run.curve for run in runs):
-            written.append(plot_accuracy_vs_bytes(runs, folder / PLOT))
+            metric = next(run.metric for run in runs if run.curve)
+            plot = folder / PLOT.format(metric.name)
+            written.append(plot_accuracy_vs_bytes(runs, plot))
         if folder != runs[0].path:
             for name, text in ((MARKDOWN, to_markdown(runs)), (CSV, to_csv(runs))):
                 (folder / name).write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from fedq.metrics import ACCURACY, metric_of
 from fedq.report.plots import COLOURS, FAINT
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def render(allocation: Allocation) -> Table:
 
 
 def draw(allocation: Allocation, path: Path) -> None:
-    """Draw accuracy against cost: the Pareto front beside uniform widths."""
+    """Draw the metric against cost: the Pareto front beside uniform widths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    metric = metric_of(allocation.measured[0]) or ACCURACY
     figure = Figure(figsize=(7, 4.4), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -45,15 +47,15 @@ def draw(allocation: Allocation, path: Path) -> None:
         ("chosen", COLOURS[1], "D"),
     ):
         points = sorted(
-            (point["cost"], 100 * point["accuracy"])
+            (point["cost"], metric.scale * point[metric.name])
             for point in allocation.measured
             if point["kind"] == kind
         )
-        costs, accuracies = zip(*points, strict=True)
-        axes.plot(costs, accuracies, style, color=colour, label=kind, markersize=5, linewidth=1.2)
+        costs, scores = zip(*points, strict=True)
+        axes.plot(costs, scores, style, color=colour, label=kind, markersize=5, linewidth=1.2)
     axes.axvline(allocation.budget, color=FAINT, linewidth=0.8, linestyle=":")
     axes.set_xlabel(allocation.unit)
-    axes.set_ylabel("accuracy on the test set, %")
+    axes.set_ylabel(f"{metric.title} on the test set{', %' if metric.percent else ''}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -11,6 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedq.metrics import ACCURACY, Metric, metric_of
+
 
 class Released(Protocol):
     """An exported model and its report, as :mod:`fedq.export` gives it."""
@@ -26,7 +28,7 @@ class Released(Protocol):
 
 _COLUMNS = (
     ("runtime", "device"),
-    ("accuracy", "float twin"),
+    ("metric", "float twin"),
     ("latency", "float"),
     ("size", "float"),
     ("agreement", "steps"),
@@ -37,12 +39,16 @@ _COLUMNS = (
 def table(released: Iterable[Released]) -> Table:
     """Return exports side by side, two lines each: the int8 model above, its float twin below.
 
-    Accuracy and latency are those of the runtime itself; agreement is the share of test examples
-    with the same class as the trained network, ``steps`` the largest difference of a logit in steps
-    of the output's grid.
+    Accuracy (or the task's metric) and latency are those of the runtime itself; agreement is the
+    share of test examples with the same class as the trained network, if there are classes, and
+    ``steps`` the largest difference of an output in steps of its grid.
     """
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
+    released = list(released)
+    titles = {_metric(item.report).title for item in released}
     for i, (above, below) in enumerate(_COLUMNS):
+        if above == "metric" and len(titles) == 1:
+            (above,) = titles
         header = Text(above) + Text(f"\n{below}", "dim")
         if i:
             result.add_column(header, justify="right", no_wrap=True)
@@ -56,19 +62,31 @@ def table(released: Iterable[Released]) -> Table:
 
 def _cells(report: dict[str, Any]) -> list[tuple[str, str]]:
     parity = report["parity"]
-    packed = report["packed_bytes"]
+    packed, agreement, metric = report["packed_bytes"], parity["agreement"], _metric(report)
     size = _kilobytes(report["bytes"])
     if packed is not None:
         size += f" ({_kilobytes(packed)} packed)"
     count = [sum(parity[f"{kind}_operators"].values()) for kind in ("integer", "float")]
     return [
         (report["exporter"], report["device"]),
-        (f"{100 * report['accuracy']:.2f} %", f"{100 * report['float_accuracy']:.2f} %"),
+        tuple(_digits(metric, report[name]) for name in (metric.name, metric.float_name)),
         (f"{report['latency_us']:.1f} us", f"{report['float_latency_us']:.1f} us"),
         (size, _kilobytes(report["float_bytes"])),
-        (f"{100 * parity['agreement']:.2f} %", str(parity["largest_difference_steps"])),
+        (
+            "-" if agreement is None else f"{100 * agreement:.2f} %",
+            str(parity["largest_difference_steps"]),
+        ),
         (str(count[0]), str(count[1])),
     ]
+
+
+def _metric(report: dict[str, Any]) -> Metric:
+    return metric_of(report) or ACCURACY
+
+
+def _digits(metric: Metric, value: float) -> str:
+    """Return a value with one digit more than other tables have: the twins are close."""
+    return f"{100 * value:.2f} %" if metric.percent else f"{value:.5g}"
 
 
 def _kilobytes(count: int) -> str:

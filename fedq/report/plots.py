@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedq import registry
 from fedq.errors import ConfigError, FedqError
+from fedq.metrics import ACCURACY, Metric
 from fedq.report.runs import Run, equal_accuracy, labels, reference_for
-from fedq.report.tables import percent, size
+from fedq.report.tables import size
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -44,6 +45,7 @@ class _Line:
 def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """Draw test accuracy of the deployed model against bytes sent, as a 1600 x 1000 PNG.
 
+    Or the metric of another task: that of the first run, and of the runs that share it.
     One line per run over the bytes of both directions so far (logarithmic), as measured, without
     smoothing. Where a float run is among the runs, the bytes at equal accuracy are compared for
     the run that saves most; see :func:`fedq.report.runs.equal_accuracy`.
@@ -59,6 +61,8 @@ def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    metric = next((run.metric for run in runs if run.curve), ACCURACY)
+    runs = [run for run in runs if run.metric is metric]
     lines = _lines(runs)
     if not lines:
         raise ConfigError("nothing to plot: no run has evaluated a round of training yet")
@@ -66,7 +70,7 @@ def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) ->
     figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.078, 0.115, 0.902, 0.745))
-    _frame(figure, axes, runs, lines)
+    _frame(figure, axes, runs, lines, metric)
     for line in lines:
         axes.plot(line.x, line.y, label=line.label, solid_capstyle="round", **line.style)
         axes.plot(line.x[-1:], line.y[-1:], "o", color=line.style["color"], markersize=5, zorder=4)
@@ -104,19 +108,21 @@ def _lines(runs: Sequence[Run]) -> list[_Line]:
                     label.replace("_", " "),
                     f"{up} up, {down} down",
                     list(x),
-                    [100 * value for value in y],
+                    [run.metric.scale * value for value in y],
                     style,
                 )
             )
     return sorted(lines, key=lambda line: -line.y[-1])
 
 
-def _frame(figure: Figure, axes: Axes, runs: Sequence[Run], lines: Sequence[_Line]) -> None:
+def _frame(
+    figure: Figure, axes: Axes, runs: Sequence[Run], lines: Sequence[_Line], metric: Metric
+) -> None:
     """Set titles, scales, ticks and grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure.text(
-        0.02, 0.955, "Test accuracy of the deployed model against bytes sent", fontsize=14,
+        0.02, 0.955, f"Test {metric.title} of the deployed model against bytes sent", fontsize=14,
         fontweight="bold", color=TEXT_COLOUR, va="center",
     )  # fmt: skip
     figure.text(
@@ -126,14 +132,15 @@ def _frame(figure: Figure, axes: Axes, runs: Sequence[Run], lines: Sequence[_Lin
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, max(high, 4 * low) * 1.25)
     bottom, top = min(min(line.y) for line in lines), max(max(line.y) for line in lines)
-    room = max(top - bottom, 5.0)
+    room = max(top - bottom, 5.0 if metric.percent else 0.05 * abs(top))
     axes.set_ylim(max(top - 1.04 * room, 0), top + 0.17 * room)
     decades = math.log10(high / low)
     subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0, 3.0) if decades < 4.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if y <= 100 else ""))
+    if metric.percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if y <= 100 else ""))
     axes.set_xlabel("uplink + downlink bytes of all clients so far", fontsize=10.5, labelpad=6)
     axes.grid(True, which="major", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -187,11 +194,12 @@ def _compare(
                 best = equal
     if best is None:
         return
-    level, ends = 100 * best.accuracy, (best.run_bytes, best.float_bytes)
+    metric = runs[0].metric
+    level, ends = metric.scale * best.level, (best.run_bytes, best.float_bytes)
     times = f"{best.ratio:.{0 if best.ratio >= 10 else 1}f}×"
     for part in (0.5, 0.42, 0.35, 0.28):
         text = axes.annotate(
-            f"{times} fewer bytes\nat {percent(best.accuracy)}",
+            f"{times} fewer bytes\nat {metric.text(best.level)}",
             (ends[0] ** (1 - part) * ends[1] ** part, level), (0, -7), ha="center", va="top",
             textcoords="offset points", fontsize=10.5, color=TEXT_COLOUR, linespacing=1.35,
         )  # fmt: skip

@@ -11,9 +11,10 @@ from typing import Any
 
 from fedq import registry, results
 from fedq.errors import ConfigError
+from fedq.metrics import ACCURACY, Metric, metric_of
 
 BASELINE = "baseline"
-#: "Equal accuracy" is this part of the float run's final accuracy, if both runs reach it.
+#: "Equal" is what is worth this part of the float run's final score, if both runs reach it.
 EQUAL_PART = 0.99
 
 
@@ -57,15 +58,21 @@ class Run:
         names = {c.get("name") if isinstance(c, Mapping) else c for c in wire}
         return names == {"identity"} or self.name == "float_baseline"
 
-    @property
-    def accuracy(self) -> float | None:
-        """Test accuracy of the deployed model at the end, in [0, 1]."""
-        return self._final("accuracy")
+    @cached_property
+    def metric(self) -> Metric:
+        """What its models are judged by: accuracy, for a classification."""
+        found = (metric_of(record) for record in (self.summary, *self.rounds))
+        return next((metric for metric in found if metric), ACCURACY)
 
     @property
-    def float_accuracy(self) -> float | None:
-        """Test accuracy of its float twin, in [0, 1]."""
-        return self._final("float_accuracy")
+    def score(self) -> float | None:
+        """The metric of the deployed model at the end, on the test set; accuracy in [0, 1]."""
+        return self._final(self.metric.name)
+
+    @property
+    def float_score(self) -> float | None:
+        """The metric of its float twin."""
+        return self._final(self.metric.float_name)
 
     @property
     def done(self) -> int:
@@ -117,7 +124,7 @@ class Run:
 
     @cached_property
     def curve(self) -> tuple[tuple[float, float], ...]:
-        """(bytes so far in both directions, accuracy of the deployed model) per evaluated round.
+        """(bytes so far in both directions, score of the deployed model) per evaluated round.
 
         Round 0 is left out: it has cost nothing and has no place on a logarithmic axis.
         """
@@ -125,14 +132,15 @@ class Run:
         for record in self.rounds:
             total += _number(record.get("uplink_bytes")) or 0
             total += _number(record.get("downlink_bytes")) or 0
-            accuracy = _number(record.get("accuracy"))
-            if accuracy is not None and total > 0:
-                points.append((total, accuracy))
+            score = _number(record.get(self.metric.name))
+            if score is not None and total > 0:
+                points.append((total, score))
         return tuple(points)
 
-    def bytes_to_reach(self, accuracy: float) -> float | None:
-        """Return the bytes spent when a round first ended at or above ``accuracy``, else None."""
-        return next((total for total, reached in self.curve if reached >= accuracy), None)
+    def bytes_to_reach(self, level: float) -> float | None:
+        """Return the bytes spent when a round first ended as good as ``level``, else None."""
+        reached = self.metric.reached
+        return next((total for total, score in self.curve if reached(score, level)), None)
 
     def _final(self, key: str) -> float | None:
         found = _number(self.summary.get(key))
@@ -156,9 +164,9 @@ class Run:
 
 @dataclass(frozen=True)
 class EqualAccuracy:
-    """What two runs spent until each first reached the same accuracy."""
+    """What two runs spent until each first reached the same score."""
 
-    accuracy: float
+    level: float
     run_bytes: float
     float_bytes: float
 
@@ -169,11 +177,14 @@ class EqualAccuracy:
 
 
 def equal_accuracy(run: Run, reference: Run) -> EqualAccuracy | None:
-    """Compare bytes at 99 % of the reference's final accuracy, or the highest that both reached."""
-    if not run.curve or not reference.curve or reference.accuracy is None:
+    """Compare bytes at 99 % of the reference's final score, or the best that both reached."""
+    metric = run.metric
+    if not run.curve or not reference.curve or reference.score is None:
         return None
-    tops = [max(accuracy for _, accuracy in r.curve) for r in (run, reference)]
-    level = min(EQUAL_PART * reference.accuracy, *tops)
+    if reference.metric is not metric:
+        return None
+    tops = [metric.best(score for _, score in r.curve) for r in (run, reference)]
+    level = metric.worst([metric.part(reference.score, EQUAL_PART), *tops])
     ours, theirs = run.bytes_to_reach(level), reference.bytes_to_reach(level)
     return EqualAccuracy(level, ours, theirs) if ours and theirs else None
 

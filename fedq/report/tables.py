@@ -16,8 +16,8 @@ from fedq.report.runs import Run, equal_accuracy, labels, reference_for
 _HEADERS = {
     "run": "run",
     "codec": "codec",
-    "accuracy": "accuracy",
-    "float_accuracy": "float twin",
+    "score": "accuracy",
+    "float_score": "float twin",
     "uplink": "uplink",
     "uplink_bits": "bit/param",
     "downlink": "downlink",
@@ -30,7 +30,7 @@ _HEADERS = {
 #: Terminal columns: what stands above and what stands dimmed below.
 _PAIRS = (
     ("run", "codec"),
-    ("accuracy", "float_accuracy"),
+    ("score", "float_score"),
     ("uplink", "uplink_bits"),
     ("downlink", "downlink_bits"),
     ("total", "ratio"),
@@ -41,12 +41,14 @@ _PAIRS = (
 def comparison_table(runs: Sequence[Run]) -> Table:
     """Return the runs side by side, two lines each, for a terminal of 80 columns or more.
 
-    Accuracy is that of the deployed quantized model on the test set, its float twin below it.
+    Accuracy, or the task's own metric, is that of the deployed quantized model on the test set, its
+    float twin below it.
     Sizes are bytes of all messages of the run; ``kB``, ``MB`` and ``GB`` are powers of 1000.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
+    headers = _headers(runs)
     for above, below in _PAIRS:
-        header = Text(_HEADERS[above]) + Text(f"\n{_HEADERS[below]}", "dim")
+        header = Text(headers[above]) + Text(f"\n{headers[below]}", "dim")
         if above == "run":
             table.add_column(header, overflow="fold", min_width=16)
         else:
@@ -66,7 +68,8 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
     align = ["---" if key in ("run", "codec") else "---:" for key in _HEADERS]
     body = [[cells[key] for key in _HEADERS] for cells in _rows(runs)]
-    return "\n".join([*map(line, [[*_HEADERS.values()], align, *body]), "", note(runs), ""])
+    headers = [*_headers(runs).values()]
+    return "\n".join([*map(line, [headers, align, *body]), "", note(runs), ""])
 
 
 def to_csv(runs: Sequence[Run]) -> str:
@@ -76,7 +79,8 @@ def to_csv(runs: Sequence[Run]) -> str:
         for run, label in zip(runs, labels(runs), strict=True)
     ]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
+    columns = dict.fromkeys(column for record in records for column in record)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return out.getvalue()
@@ -100,7 +104,7 @@ def note(runs: Sequence[Run]) -> str:
         equal = equal_accuracy(run, reference)
         if equal is not None:
             lines.append(
-                f"{label} reached {percent(equal.accuracy)} with {size(equal.run_bytes)}, "
+                f"{label} reached {run.metric.text(equal.level)} with {size(equal.run_bytes)}, "
                 f"float with {size(equal.float_bytes)}: {ratio(equal.ratio)}."
             )
     return "\n".join(lines + guarantees)
@@ -144,15 +148,6 @@ def ratio(value: float) -> str:
     return f"{times:.{0 if times >= 10 else 1}f}x {word}"
 
 
-def percent(value: float | None) -> str:
-    """Return a fraction as a percentage with one decimal.
-
-    >>> percent(0.9712), percent(None)
-    ('97.1 %', '-')
-    """
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 def duration(seconds: float | None) -> str:
     """Return a time in its natural unit.
 
@@ -184,18 +179,26 @@ def _times_less(run: Run, reference: Run | None) -> float | None:
     return other / run.total_bytes if other and run.total_bytes else None
 
 
+def _headers(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the columns' headings: with the metric, if it is one for all."""
+    titles = {run.metric.title for run in runs}
+    return {**_HEADERS, "score": titles.pop() if len(titles) == 1 else "metric"}
+
+
 def _rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the cells of each run as text, by the keys of ``_HEADERS``."""
     rows = []
+    several = len({run.metric for run in runs}) > 1
     for run, label in zip(runs, labels(runs), strict=True):
+        unit = f" {run.metric.title}" if several else ""
         reference = reference_for(run, runs)
         less = _times_less(run, reference)
         rows.append(
             {
                 "run": label if run.finished else f"{label} (unfinished)",
                 "codec": run.codec,
-                "accuracy": percent(run.accuracy),
-                "float_accuracy": percent(run.float_accuracy),
+                "score": run.metric.text(run.score) + unit,
+                "float_score": run.metric.text(run.float_score),
                 "uplink": size(run.uplink_bytes),
                 "uplink_bits": _rate(run.uplink_bits),
                 "downlink": size(run.downlink_bytes),
@@ -215,8 +218,8 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "run": label,
         "path": run.path.as_posix(),
         "codec": run.codec,
-        "accuracy": run.accuracy,
-        "float_accuracy": run.float_accuracy,
+        run.metric.name: run.score,
+        run.metric.float_name: run.float_score,
         "uplink_bytes": run.uplink_bytes,
         "downlink_bytes": run.downlink_bytes,
         "total_bytes": run.total_bytes,
@@ -224,8 +227,8 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "uplink_bits_per_parameter": run.uplink_bits,
         "downlink_bits_per_parameter": run.downlink_bits,
         "times_fewer_bytes": _times_less(run, reference),
-        "equal_accuracy": equal and equal.accuracy,
-        "times_fewer_bytes_at_equal_accuracy": equal and equal.ratio,
+        f"equal_{run.metric.name}": equal and equal.level,
+        f"times_fewer_bytes_at_equal_{run.metric.name}": equal and equal.ratio,
         "rounds": run.done,
         "planned_rounds": run.planned,
         "finished": str(run.finished).lower(),

@@ -63,6 +63,8 @@ class Subject:
             if not np.isfinite(tensor).all():
                 raise FedqError(f"{path}: {name} is not finite; there is nothing to evaluate")
         found = source(experiment, tensors, experiment.quantization)
+        if not found.dataset.classes:
+            raise ConfigError(f"{path} is no classifier; there is nothing here to attack it with")
         found.network.requires_grad_(False)
         return cls(path, experiment, found.dataset, found.network, tensors)
 
