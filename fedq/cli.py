@@ -198,9 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="robustness and privacy card of a run",
-        description="Attack a run's deployed model, beside its float twin, and write what was found "
-        "to card.json and card.html. A killed evaluation goes on where it was. Exit status 1: a "
-        "promise was broken, or an evaluation could not be carried out.",
+        description="Attack a run's deployed model, beside its float twin, and write what was "
+        "found to card.json and card.html. A killed evaluation goes on where it was. Exit status "
+        "1: a promise was broken, or an evaluation could not be carried out.",
         epilog="examples: fedq evaluate runs/mine --suite smoke    "
         "fedq evaluate runs/mine --only evasion,corruption",
         allow_abbrev=False,

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedq.report import card as pages
 from fedq.results import write_file
 from fedq.robustness.base import Evaluation, Work
 from fedq.robustness.card import NAME, Card, Result
+from fedq.robustness.outcome import Outcome
 from fedq.robustness.subject import Subject
 
 #: Called with (evaluations done, of, what is being done).
@@ -104,8 +106,9 @@ def evaluate(
     ]
     for number, (key, evaluation) in enumerate(todo):
         _write(card(), folder)  # a kill leaves a card that says what is missing
-        watch(number, len(todo), key)
-        step = _throttled(lambda text, n=number: watch(n, len(todo), text), key)
+        say = partial(watch, number, len(todo))
+        say(key)
+        step = _throttled(say, key)
         found[key] = _carry_out(evaluation, found[key], subject, folder, workers, step)
         write_file(folder / f"{key}.json", results.to_json(found[key].to_json()).encode())
     _write(card(), folder)
@@ -121,10 +124,11 @@ def _carry_out(
     step: Callable[[int, int], None],
 ) -> Result:
     """Return what an evaluation finds; its folder is removed once that is known."""
-    partial = folder / "partial" / f"{blank.key}-{derive(blank.seed, _identifier(blank)):016x}"
-    own = Work(derive(blank.seed, "evaluation", blank.key), partial, workers, step)
+    scratch = folder / "partial" / f"{blank.key}-{derive(blank.seed, _identifier(blank)):016x}"
+    own = Work(derive(blank.seed, "evaluation", blank.key), scratch, workers, step)
     start = _cpu_seconds()
-    state, reason, outcomes = "done", "", ()
+    state, reason = "done", ""
+    outcomes: tuple[Outcome, ...] = ()
     try:
         if reason := evaluation.unsuitable(subject):
             state = "skipped"
@@ -132,7 +136,7 @@ def _carry_out(
             outcomes = tuple(evaluation.run(subject, own))
     except FedqError as error:
         state, reason = "error", str(error)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     return Result(
         **{
             **vars(blank),

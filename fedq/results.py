@@ -382,7 +382,7 @@ def read_model(
 
 
 def model_digest(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a run's ``model.safetensors``, 64 hex digits; FedqError if unreadable."""
+    """Return the SHA-256 of a run's ``model.safetensors``, 64 hex digits."""
     file = Path(path) / MODEL
     with _explained(file), file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
@@ -594,12 +594,12 @@ def _plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Return JSON of a value of mappings, sequences, NumPy values and plain ones, indented.
+    r"""Return JSON of a value of mappings, sequences, NumPy values and plain ones, indented.
 
     NaN and infinity, which JSON has not, become null.
 
     >>> to_json({"mean": np.float32("nan")})
-    '{\\n  "mean": null\\n}'
+    '{\n  "mean": null\n}'
     """
     return json.dumps(_finite(_plain(value)), indent=2, allow_nan=False)
 

@@ -25,36 +25,27 @@ def figure(plot: Plot) -> str:
     to_y, y_ticks = _axis(ys, plot.log, _HEIGHT - _BOTTOM, _TOP)
     label = f"{plot.title}: {plot.y_label} against {plot.x_label}"
     parts = [f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(label)}">']
-    for y in y_ticks:
-        parts.append(
-            f'<line class="grid-line" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{to_y(y):.1f}" '
-            f'y2="{to_y(y):.1f}"/><text x="{_LEFT - 6:g}" y="{to_y(y) + 3.5:.1f}" '
-            f'text-anchor="end">{_tick(y)}</text>'
-        )
-    for x in x_ticks:
-        parts.append(
-            f'<text x="{to_x(x):.1f}" y="{_HEIGHT - _BOTTOM + 15:g}" '
-            f'text-anchor="middle">{_tick(x)}</text>'
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text x="{middle:g}" y="{_HEIGHT - 6:g}" text-anchor="middle">{escape(plot.x_label)}</text>'
-    )
+    parts += [
+        f'<line class="grid-line" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{to_y(y):.1f}" '
+        f'y2="{to_y(y):.1f}"/><text x="{_LEFT - 6:g}" y="{to_y(y) + 3.5:.1f}" '
+        f'text-anchor="end">{_tick(y)}</text>'
+        for y in y_ticks
+    ]
+    parts += [_centred(to_x(x), _HEIGHT - _BOTTOM + 15, _tick(x)) for x in x_ticks]
+    parts.append(_centred((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, plot.x_label))
     for number, (curve, points) in enumerate(drawn):
         places = [(to_x(x), to_y(y)) for x, y in points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        kind = f"k{number % _COLOURS}"
-        dashed = " dashed" if curve.dashed else ""
-        parts.append(f'<polyline class="curve {kind}{dashed}" style="fill:none" points="{line}"/>')
+        parts.append(f'<polyline class="{_style(number, curve)}" points="{line}"/>')
         if len(places) <= _MARKED and not curve.dashed:
+            kind = f"k{number % _COLOURS}"
             parts += [
                 f'<circle class="{kind}" r="2.5" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in places
             ]
     parts.append("</svg>")
     legend = "".join(
-        '<li><svg viewBox="0 0 26 10" aria-hidden="true">'
-        f'<line class="curve k{i % _COLOURS}{" dashed" if curve.dashed else ""}" x1="1" x2="25" y1="5" '
-        f'y2="5"/></svg>{escape(curve.label)}</li>'
+        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><line class="{_style(i, curve)}" x1="1" '
+        f'x2="25" y1="5" y2="5"/></svg>{escape(curve.label)}</li>'
         for i, (curve, _) in enumerate(drawn)
     )
     return (
@@ -62,6 +53,14 @@ def figure(plot: Plot) -> str:
         f'<p class="label">{escape(plot.y_label)}</p>{"".join(parts)}\n'
         f'<ul class="legend">{legend}</ul></figure>'
     )
+
+
+def _centred(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
+
+
+def _style(number: int, curve: Curve) -> str:
+    return f"curve k{number % _COLOURS}{' dashed' if curve.dashed else ''}"
 
 
 def _points(curve: Curve, log: bool) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -120,8 +121,12 @@ def page(card: Card) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(card.run['name'])}: robustness card</title>\n"
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
+        f"<style>\n{_css()}</style>\n</head>\n<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
     )
+
+
+def _css() -> str:
+    return Path(__file__).with_name("card.css").read_text(encoding="utf-8")
 
 
 def _header(card: Card) -> str:
@@ -133,10 +138,10 @@ def _header(card: Card) -> str:
     )
     config = run["config"]
     facts = {
-        "model": registry.describe(config["model"]),
-        "data": registry.describe(config["data"]),
-        "quantization": registry.describe(config["quantization"]),
-        "uplink": registry.describe(config["codec"]),
+        "model": registry.describe(config["model"], "model"),
+        "data": registry.describe(config["data"], "data"),
+        "quantization": registry.describe(config["quantization"], "quantization"),
+        "uplink": registry.describe(config["codec"], "codec"),
         "judged by": "integer arithmetic" if run["integer"] else "fake quantizers",
         "model SHA-256": f"{run['model_sha256'][:16]}…",
     }
@@ -148,10 +153,11 @@ def _header(card: Card) -> str:
     )
     accuracy = _pair(run["accuracy"], run["float_accuracy"], "share", "")
     return (
-        f'<header>\n<p class="kicker">Robustness and privacy card · suite {escape(card.suite)}</p>\n'
+        f'<header>\n<p class="kicker">Robustness and privacy card · suite {escape(card.suite)}'
+        "</p>\n"
         f"<h1>{escape(run['name'])}</h1>\n"
-        f'<div class="top"><div class="clean"><p class="label">Accuracy on {run["test_examples"]:,} '
-        f"clean test examples</p>{accuracy}</div>{_facts(facts)}</div>\n"
+        f'<div class="top"><div class="clean"><p class="label">Accuracy on '
+        f"{run['test_examples']:,} clean test examples</p>{accuracy}</div>{_facts(facts)}</div>\n"
         f'<ul class="chips">{chips}</ul>\n{missing}'
         f'<p class="statement">{escape(STATEMENT)}</p>\n{_contents(card)}</header>\n'
     )
@@ -161,7 +167,7 @@ def _contents(card: Card) -> str:
     """Return links to the families, each with its worst status."""
     links = []
     for family, results in _by_family(card):
-        statuses = [o.status for r in results for o in r.outcomes]
+        statuses: list[str] = [o.status for r in results for o in r.outcomes]
         statuses += [r.state for r in results if r.state != "done"]
         worst = next((s for s in ("failed", "error", "invalid", "withheld") if s in statuses), "")
         title = escape(FAMILIES.get(family, family))
@@ -238,7 +244,7 @@ def _pair(value: float, twin: float | None, unit: str, bound: str) -> str:
 
 def _gates(gates: Iterable[Gate]) -> str:
     items = "".join(
-        f'<li class="{"ok" if gate.passed else "bad"}"><b>{escape(gate.name)}</b> '
+        f'<li class="{"ok" if gate.passed else "bad"}"><b>{escape(gate.name)}:</b> '
         f'<span class="sr">{"held" if gate.passed else "failed"}: </span>'
         f"<span>{escape(gate.detail)}</span></li>"
         for gate in gates
@@ -282,7 +288,8 @@ def _rows(items: Sequence[Mapping[str, Any]]) -> str:
         f"<tr>{''.join(f'<td>{_value(item.get(column))}</td>' for column in columns)}</tr>"
         for item in items
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _disclosure(title: str, values: Mapping[str, Any]) -> str:
@@ -294,7 +301,7 @@ def _disclosure(title: str, values: Mapping[str, Any]) -> str:
 def _footer(card: Card) -> str:
     rows = [
         {
-            "evaluation": registry.describe(result.evaluation),
+            "evaluation": registry.describe(result.evaluation, "evaluation"),
             "state": {"done": "done"}.get(result.state, _STATUS.get(result.state, result.state)),
             "CPU s": round(result.cpu_seconds, 1),
             "date": result.date or "-",
@@ -309,103 +316,3 @@ def _footer(card: Card) -> str:
         f'<p class="fine">Seed {card.seed} · {escape(card.date)} · model '
         f"<code>{escape(card.run['model_sha256'])}</code></p>\n</footer>\n"
     )
-
-
-_CSS = """
-:root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1d2126;--soft:#5d6670;
---line:#e2e4e1;--own:#0b62a8;--twin:#8a929b;--bad:#b3261e;--bad-bg:#fdeeec;--warn:#8a5a00;
---warn-bg:#fdf4df;--good:#1d7a46;--c0:#0072b2;--c1:#d55e00;--c2:#008f68;--c3:#b8578f;--c4:#a87400;
---c5:#4b4f55}
-@media (prefers-color-scheme:dark){:root{--paper:#14171a;--card:#1c2024;--ink:#e7eaec;
---soft:#9aa4ad;--line:#30363c;--own:#5db0f0;--twin:#87909a;--bad:#ff8b80;--bad-bg:#3a1f1d;
---warn:#f0bf5a;--warn-bg:#352b17;--good:#6fcf97;--c0:#56b4e9;--c1:#ff8f4d;--c2:#3fcf9f;--c3:#e79ac6;
---c4:#e9b44c;--c5:#b9c0c7}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
-main{max-width:66rem;margin:0 auto;padding:1.5rem 1rem 3rem}
-h1{font-size:2rem;line-height:1.15;margin:.1rem 0 1rem;letter-spacing:-.02em;overflow-wrap:anywhere}
-h2{font-size:1.25rem;margin:2.5rem 0 .75rem;letter-spacing:-.01em}
-h3{font-size:1rem;margin:0 0 .5rem;display:flex;gap:.75rem;justify-content:space-between;
-align-items:baseline;overflow-wrap:anywhere}
-p{margin:.4rem 0}
-a{color:inherit;text-decoration-color:var(--twin);text-underline-offset:.2em}
-.kicker,.label,.interval,.threat,.fine,dt{color:var(--soft);font-size:.85rem}
-.label{margin:0 0 .25rem}
-.top{display:grid;gap:1.25rem 3rem;grid-template-columns:minmax(15rem,1fr) minmax(0,1.6fr)}
-.chips,nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.4rem;margin:1.25rem 0 .75rem;padding:0}
-.chip,.badge{border-radius:1rem;padding:.1rem .6rem;font-size:.8rem;font-weight:600;
-border:1px solid var(--line);white-space:nowrap}
-.badge.measured{display:none}
-.chip.measured{color:var(--good)}
-.invalid.badge,.invalid.chip,.failed.badge,.failed.chip,.error.badge,.error.chip{color:var(--bad);
-background:var(--bad-bg);border-color:currentColor}
-.withheld.badge,.withheld.chip{color:var(--warn);background:var(--warn-bg);border-color:currentColor}
-.skipped.badge,.skipped.chip{color:var(--soft)}
-.statement{border-left:3px solid var(--twin);padding:.1rem 0 .1rem .8rem;color:var(--soft);
-max-width:46rem}
-.banner{background:var(--warn-bg);color:var(--warn);border-radius:.5rem;padding:.6rem .8rem}
-nav ul{gap:.25rem 1.25rem;margin-top:1rem;font-size:.9rem}
-nav li.failed a,nav li.error a,nav li.invalid a{color:var(--bad)}
-nav li.withheld a{color:var(--warn)}
-.grid{display:grid;gap:1rem;grid-template-columns:repeat(2,minmax(0,1fr))}
-article{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:1rem 1.1rem;
-min-width:0}
-article.wide{grid-column:1/-1}
-article.wide .cols{display:grid;gap:1rem 2rem;grid-template-columns:minmax(0,1fr) minmax(0,1.15fr)}
-article.invalid,article.failed,article.error{border-color:var(--bad)}
-article.withheld{border-color:var(--warn)}
-article.skipped{border-style:dashed}
-article.invalid .pair b,article.withheld .pair b{text-decoration:line-through;
-text-decoration-thickness:2px;color:var(--soft)}
-article.invalid .bar i,article.withheld .bar i{opacity:.35}
-.reason{font-size:.9rem}
-.invalid>.cols .reason,.failed>.cols .reason,.error .reason{color:var(--bad)}
-.withheld .reason{color:var(--warn)}
-dl{margin:0}
-dd{margin:0;overflow-wrap:anywhere}
-.pair div{display:grid;grid-template-columns:5rem 1fr;align-items:baseline;margin:.15rem 0}
-.pair b{font-size:1.5rem;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.pair .twin b{font-size:1.05rem;font-weight:600;color:var(--soft)}
-.pair small{color:var(--soft)}
-.bar{display:block;height:.3rem;border-radius:1rem;background:var(--line);overflow:hidden}
-.bar i{display:block;height:100%;background:var(--own);border-radius:1rem}
-.twin .bar i{background:var(--twin)}
-.facts>div{display:grid;grid-template-columns:minmax(7rem,auto) minmax(0,1fr);gap:.2rem 1rem;
-padding:.15rem 0;font-size:.9rem}
-.facts .facts>div{grid-template-columns:minmax(5rem,auto) minmax(0,1fr);padding:0}
-.gates{list-style:none;margin:.75rem 0 0;padding:0;font-size:.85rem}
-.gates li{padding:.2rem 0 .2rem 1.4rem;position:relative;color:var(--soft)}
-.gates li::before{content:"\\2713";position:absolute;left:.1rem;color:var(--good);font-weight:700}
-.gates .bad::before{content:"\\2717";color:var(--bad)}
-.gates .bad,.gates .bad b{color:var(--bad)}
-.gates b{color:var(--ink);font-weight:600}
-.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-figure{margin:0;min-width:0}
-figcaption{font-size:.85rem;font-weight:600;margin-bottom:.25rem}
-svg{display:block;width:100%;height:auto;max-width:34rem}
-svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
-svg .grid-line{stroke:var(--line)}
-svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}
-svg .dashed{stroke-dasharray:5 4}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1rem;padding:0;margin:.25rem 0 0;
-font-size:.8rem;color:var(--soft)}
-.legend svg{display:inline-block;width:1.6rem;height:.6rem;margin-right:.35rem}
-.k0{stroke:var(--c0);fill:var(--c0)}.k1{stroke:var(--c1);fill:var(--c1)}
-.k2{stroke:var(--c2);fill:var(--c2)}.k3{stroke:var(--c3);fill:var(--c3)}
-.k4{stroke:var(--c4);fill:var(--c4)}.k5{stroke:var(--c5);fill:var(--c5)}
-details{margin-top:.6rem;font-size:.9rem}
-summary{cursor:pointer;color:var(--soft);font-size:.85rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);
-vertical-align:top}
-th{color:var(--soft);font-weight:600}
-footer{margin-top:3rem;border-top:1px solid var(--line)}
-code{font-size:.85em;overflow-wrap:anywhere}
-:focus-visible{outline:2px solid var(--own);outline-offset:2px}
-@media (max-width:44rem){.top,.grid,article.wide .cols{grid-template-columns:minmax(0,1fr)}
-h1{font-size:1.6rem}}
-@media print{details{display:block}article{break-inside:avoid}}
-"""

@@ -1,8 +1,8 @@
-"""Common corruptions and sensor faults, five severities each (Hendrycks & Dietterich 2019, ICLR,
-arXiv:1903.12261; Mu & Gilmer 2019, "MNIST-C", arXiv:1906.02337).
+"""Common corruptions (Hendrycks & Dietterich 2019, ICLR, arXiv:1903.12261) and sensor faults.
 
-Images come and go as float64 of [0, 1], shape (n, C, H, W); series and features standardised, shapes
-(n, C, T) and (n, F). Lengths in pixels are of an image of 28 and grow with it.
+Images come and go as float64 of [0, 1], shape (n, C, H, W); series and features standardised,
+shapes (n, C, T) and (n, F). Lengths in pixels are of an image of 28 and grow with it. Strengths for
+images follow ImageNet-C and MNIST-C (Mu & Gilmer 2019, arXiv:1906.02337).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy import fft, ndimage
 from fedq.data.base import Kind
 
 Array = NDArray[np.float64]
+Change = Callable[[Array, float, np.random.Generator], Array]
 SEVERITIES = (1, 2, 3, 4, 5)
 _SIDE = 28.0
 
@@ -37,7 +38,7 @@ class Corruption:
     category: str
     kind: Kind
     levels: tuple[float, ...]
-    change: Callable[[Array, float, np.random.Generator], Array]
+    change: Change
 
     def __call__(self, x: Array, severity: int, rng: np.random.Generator) -> Array:
         """Return corrupted inputs; images stay in [0, 1]."""
@@ -50,13 +51,8 @@ CORRUPTIONS: list[Corruption] = []
 
 def _corruption(
     category: str, *kinds: Kind, levels: tuple[float, float, float, float, float]
-) -> Callable[
-    [Callable[[Array, float, np.random.Generator], Array]],
-    Callable[[Array, float, np.random.Generator], Array],
-]:
-    def decorate(
-        change: Callable[[Array, float, np.random.Generator], Array],
-    ) -> Callable[[Array, float, np.random.Generator], Array]:
+) -> Callable[[Change], Change]:
+    def decorate(change: Change) -> Change:
         name = change.__name__.strip("_").replace("_", " ")
         CORRUPTIONS.extend(Corruption(name, category, kind, levels, change) for kind in kinds)
         return change
@@ -69,12 +65,14 @@ def _corruption(
 
 @_corruption("noise", "image", levels=(0.08, 0.12, 0.18, 0.26, 0.38))
 def _gaussian_noise(x: Array, level: float, rng: np.random.Generator) -> Array:
-    return x + level * rng.standard_normal(x.shape)
+    noise: Array = level * rng.standard_normal(x.shape)
+    return x + noise
 
 
 @_corruption("noise", "image", levels=(60, 25, 12, 5, 3))
 def _shot_noise(x: Array, level: float, rng: np.random.Generator) -> Array:
-    return rng.poisson(x * level) / level
+    counts: Array = rng.poisson(x * level).astype(np.float64)
+    return counts / level
 
 
 @_corruption("noise", "image", levels=(0.03, 0.06, 0.09, 0.17, 0.27))
@@ -109,7 +107,8 @@ def _fog(x: Array, level: float, rng: np.random.Generator) -> Array:
         fog += octave * noise / noise.std()
     low, high = fog.min((2, 3), keepdims=True), fog.max((2, 3), keepdims=True)
     fog = (fog - low) / np.maximum(high - low, 1e-12)
-    return (x + level * fog) / (1 + level)
+    foggy: Array = (x + level * fog) / (1 + level)
+    return foggy
 
 
 @_corruption("weather", "image", levels=(0.01, 0.02, 0.035, 0.05, 0.08))
@@ -117,7 +116,8 @@ def _snow(x: Array, level: float, rng: np.random.Generator) -> Array:
     flakes = (rng.random((len(x), 1, *x.shape[2:])) < level).astype(np.float64)
     length = max(2, round(3 * x.shape[-1] / _SIDE))
     streaks = ndimage.uniform_filter1d(flakes, length, axis=2, mode="wrap") * length
-    return np.maximum(x, streaks.clip(0, 1))
+    snowy: Array = np.maximum(x, streaks.clip(0, 1))
+    return snowy
 
 
 @_corruption("weather", "image", levels=(0.1, 0.2, 0.3, 0.4, 0.5))
@@ -128,13 +128,15 @@ def _brightness(x: Array, level: float, rng: np.random.Generator) -> Array:
 @_corruption("digital", "image", levels=(0.75, 0.5, 0.4, 0.3, 0.15))
 def _contrast(x: Array, level: float, rng: np.random.Generator) -> Array:
     mean = x.mean((1, 2, 3), keepdims=True)
-    return mean + level * (x - mean)
+    flat: Array = mean + level * (x - mean)
+    return flat
 
 
 @_corruption("digital", "image", levels=(0.7, 0.55, 0.45, 0.35, 0.25))
 def _pixelate(x: Array, level: float, rng: np.random.Generator) -> Array:
     rows, columns = (_coarser(side, max(1, round(side * level))) for side in x.shape[2:])
-    return np.asarray(rows @ x @ columns.T)
+    coarse: Array = rows @ x @ columns.T
+    return coarse
 
 
 def _coarser(side: int, fewer: int) -> Array:
@@ -143,7 +145,8 @@ def _coarser(side: int, fewer: int) -> Array:
     pixels = np.arange(side)
     overlap = np.minimum(pixels + 1, edges[1:, None]) - np.maximum(pixels, edges[:-1, None])
     average = overlap.clip(0) / (side / fewer)
-    return average[np.minimum((pixels + 0.5) * fewer / side, fewer - 1).astype(int)]
+    spread: Array = average[np.minimum((pixels + 0.5) * fewer / side, fewer - 1).astype(int)]
+    return spread
 
 
 #: Luminance quantization of JPEG (ITU-T T.81, table K.1).
@@ -199,7 +202,8 @@ def _translation(x: Array, level: float, rng: np.random.Generator) -> Array:
 
 @_corruption("noise", "series", "features", levels=(0.1, 0.2, 0.4, 0.7, 1.0))
 def _sensor_noise(x: Array, level: float, rng: np.random.Generator) -> Array:
-    return x + level * rng.standard_normal(x.shape)
+    noise: Array = level * rng.standard_normal(x.shape)
+    return x + noise
 
 
 @_corruption("sensor fault", "series", levels=(0.05, 0.1, 0.2, 0.35, 0.5))

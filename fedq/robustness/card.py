@@ -129,11 +129,10 @@ class Card:
     @property
     def counts(self) -> Counter[str]:
         """Outcomes by status; evaluations that could not be carried out count as ``error``."""
-        counts = Counter(o.status for r in self.results for o in r.outcomes)
-        counts += Counter(
-            {s: sum(r.state == s for r in self.results) for s in ("error", "skipped")}
+        statuses: list[str] = [o.status for r in self.results for o in r.outcomes]
+        return Counter(
+            statuses + [r.state for r in self.results if r.state in ("error", "skipped")]
         )
-        return Counter(dict(counts))
 
     @property
     def broken(self) -> bool:

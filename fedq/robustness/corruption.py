@@ -28,19 +28,21 @@ class CorruptionEvaluation(Evaluation):
     over corruptions. 1 is as robust as the twin.
 
     Args:
-      examples: Test examples, at least 20; all if there are fewer.
+      test_examples: At least 20; all if there are fewer.
     """
 
     family: ClassVar[Family] = "corruption"
-    examples: int = 500
+    test_examples: int = 500
 
     def __post_init__(self) -> None:
-        if self.examples < 20:
-            raise ConfigError(f"corruption.examples must be at least 20, not {self.examples}")
+        if self.test_examples < 20:
+            raise ConfigError(
+                f"corruption.test_examples must be at least 20, not {self.test_examples}"
+            )
 
     def run(self, subject: Subject, work: Work) -> Sequence[Outcome]:
         """Return the mCE, and the mean accuracy under each category of corruptions."""
-        x, y = subject.sample(self.examples, derive(work.seed, "examples"))
+        x, y = subject.sample(self.test_examples, derive(work.seed, "examples"))
         kind = subject.dataset.kind
         corruptions = [c for c in CORRUPTIONS if c.kind == kind]
         low, high = (0.0, 1.0) if kind != "image" else (float(x.min()), float(x.max()))
