@@ -195,6 +195,34 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--json", action="store_true", help="machine-readable")
     export.set_defaults(run=_export)
 
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="robustness and privacy card of a run",
+        description="Attack a run's deployed model, beside its float twin, and write what was "
+        "found to card.json and card.html. A killed evaluation goes on where it was. Exit status "
+        "1: a promise was broken, or an evaluation could not be carried out.",
+        epilog="examples: fedq evaluate runs/mine --suite smoke    "
+        "fedq evaluate runs/mine --only evasion,corruption",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("directory", type=Path, metavar="RUN")
+    evaluate.add_argument(
+        "--suite",
+        default="ci",
+        metavar="SUITE",
+        help="smoke (a minute), ci (minutes), full, or a FILE.yaml (default: ci)",
+    )
+    evaluate.add_argument(
+        "--only", default="", metavar="NAME[,NAME...]", help="these evaluations of the suite alone"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of all evaluations (default: 0)")
+    evaluate.add_argument(
+        "--workers", type=int, default=0, help="processes of federations (default: one per core)"
+    )
+    evaluate.add_argument("--out", type=Path, help="directory (default: RUN/evaluation/SUITE)")
+    evaluate.add_argument("--json", action="store_true", help="print card.json")
+    evaluate.set_defaults(run=_evaluate)
+
     report = commands.add_parser(
         "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
     )
@@ -424,6 +452,41 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     for item in released:
         console.print(f"wrote {item.path}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    if rest:
+        raise ConfigError(f"cannot use '{rest[0]}'; see fedq evaluate --help")
+    from rich.console import Console
+
+    from fedq import evaluate, progress
+    from fedq.report import card as pages
+
+    console = Console(stderr=True)
+    progress.log_to(console)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with progress.steps(console) as watch:
+            card, folder = evaluate.evaluate(
+                options.directory,
+                options.suite,
+                only=[name for name in options.only.split(",") if name],
+                seed=options.seed,
+                workers=options.workers,
+                out=options.out,
+                watch=watch,
+            )
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on where it was")
+        return INTERRUPTED
+    if options.json:
+        print(card.text(), end="")
+    else:
+        Console(width=None if sys.stdout.isatty() else 100).print(pages.table(card))
+        print(f"wrote {folder / pages.PAGE}")
+    return FAILURE if card.broken else 0
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fedq import registry
 from fedq.errors import ConfigError, unknown
@@ -255,3 +256,30 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
         else:
             axes.append([line])
     return [list(cell) for cell in itertools.product(*axes)]
+
+
+def suite(name: str) -> tuple[str, list[Any]]:
+    """Return the name and the evaluations of a suite: one of ``conf/suite/``, or a YAML file.
+
+    A suite is a list of evaluations, each a name or a mapping with a ``name`` and options.
+
+    Raises:
+      ConfigError: On a suite, evaluation or option that is unknown, naming the nearest.
+
+    Example:
+      >>> suite("smoke")[0]
+      'smoke'
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        known = {path.stem for path in (conf_directory() / "suite").glob("*.yaml")}
+        if name not in known:
+            raise unknown("suite", name, [*known, "FILE.yaml"])
+        path = conf_directory() / "suite" / f"{name}.yaml"
+    try:
+        listed = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the suite {path}: {_one_line(error)}") from error
+    if not isinstance(listed, list) or not listed:
+        raise ConfigError(f"the suite {path} must be a list of evaluations, such as '- evasion'")
+    return path.stem, [registry.from_config("evaluation", item) for item in listed]

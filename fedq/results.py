@@ -153,7 +153,7 @@ class RunDirectory:
     def _write_config(self, config: Mapping[str, Any]) -> None:
         plain = _plain(config)
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        _write(self.path / CONFIG, text.encode())
+        write_file(self.path / CONFIG, text.encode())
         self.config = plain
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class RunDirectory:
             self._rewrite_rounds(kept)
 
     def _rewrite_rounds(self, rounds: Sequence[Mapping[str, Any]]) -> None:
-        _write(self.path / ROUNDS, "".join(json.dumps(r) + "\n" for r in rounds).encode())
+        write_file(self.path / ROUNDS, "".join(json.dumps(r) + "\n" for r in rounds).encode())
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -284,15 +284,13 @@ class RunDirectory:
 
         The bytes depend on the tensors and the metadata alone, not on the order of either.
         """
-        path = self.path / MODEL
-        _save(path, tensors, metadata)
-        with _explained(path), path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        _save(self.path / MODEL, tensors, metadata)
+        return model_digest(self.path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, indented, keys sorted; NaN and infinity become null."""
         text = json.dumps(_finite(_plain(summary)), indent=2, sort_keys=True, allow_nan=False)
-        _write(self.path / SUMMARY, (text + "\n").encode())
+        write_file(self.path / SUMMARY, (text + "\n").encode())
 
     def summary(self) -> dict[str, Any] | None:
         """Return ``summary.json``, None before the run's end."""
@@ -381,6 +379,13 @@ def read_model(
     if not (path / MODEL).is_file():
         raise ConfigError(f"{path} holds no {MODEL}; give a run that has ended")
     return _load(path / MODEL)
+
+
+def model_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a run's ``model.safetensors``, 64 hex digits."""
+    file = Path(path) / MODEL
+    with _explained(file), file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def default_run_path(root: str | os.PathLike[str] = "runs", label: str = "") -> Path:
@@ -480,7 +485,13 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it.
+
+    Raises:
+      FedqError: If it cannot be written; what was there before is untouched.
+    """
+
     def write(temporary: Path) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -580,6 +591,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
+
+
+def to_json(value: Any) -> str:
+    r"""Return JSON of a value of mappings, sequences, NumPy values and plain ones, indented.
+
+    NaN and infinity, which JSON has not, become null.
+
+    >>> to_json({"mean": np.float32("nan")})
+    '{\n  "mean": null\n}'
+    """
+    return json.dumps(_finite(_plain(value)), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -37,11 +37,13 @@ class Curve:
       label: In the legend.
       x: Abscissae, finite.
       y: Ordinates, as many, finite.
+      dashed: Drawn so: for what the others are compared with.
     """
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    dashed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Outcome:
       threat: What the attacker knows and can do, in one sentence.
       budget: What was spent: steps, restarts, queries, shadow models, examples.
       gates: Checks against false assurance.
-      details: Further figures, JSON-ready.
+      details: Further figures, JSON-ready; a list of mappings is shown as a table.
       plot: A picture, or None.
 
     Example:
@@ -123,6 +125,8 @@ class Outcome:
         plain["interval"] = None if interval is None else (interval[0], interval[1])
         plain["gates"] = tuple(Gate(**gate) for gate in plain["gates"])
         if plot is not None:
-            curves = tuple(Curve(c["label"], tuple(c["x"]), tuple(c["y"])) for c in plot["curves"])
+            curves = tuple(
+                Curve(c["label"], tuple(c["x"]), tuple(c["y"]), c["dashed"]) for c in plot["curves"]
+            )
             plain["plot"] = Plot(**{**plot, "curves": curves})
         return cls(**plain)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from fedq.export._convert import convert
 from fedq.export._graph import Graph
 from fedq.export._source import source
 from fedq.quantization.base import float_twin
+from fedq.random import generator
 from fedq.results import read_config, read_model
 from fedq.simulation import partition
 
@@ -82,17 +85,24 @@ class Subject:
         Integer arithmetic where the network has an integer form, else the fake quantizers.
         """
         graph = self.graph
+        if graph is None:
+            return _logits(self.network, x)
+        grid = graph.output.grid
         parts = []
         for start in range(0, len(x), _BATCH):
-            batch = x[start : start + _BATCH]
-            if graph is None:
-                with torch.no_grad():
-                    parts.append(self.network(torch.from_numpy(batch)).numpy())
-            else:
-                grid = graph.output.grid
-                integers = _reference.run(graph, batch) - grid.zero_point
-                parts.append((grid.scale * integers).astype(np.float32))
+            integers = _reference.run(graph, x[start : start + _BATCH]) - grid.zero_point
+            parts.append((grid.scale * integers).astype(np.float32))
         return np.concatenate(parts)
+
+    @cached_property
+    def twin_network(self) -> nn.Module:
+        """The float twin as a network of its own: the same weights, quantizers off for good."""
+        with self.twin() as twin:
+            return copy.deepcopy(twin)
+
+    def twin_logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits of the float twin, (n, classes), for inputs (n, *input_shape)."""
+        return _logits(self.twin_network, x)
 
     @contextmanager
     def twin(self) -> Iterator[nn.Module]:
@@ -104,7 +114,31 @@ class Subject:
         """Return the share of examples that the deployed model gets right."""
         return float((self.deployed(x).argmax(1) == y).mean())
 
+    @property
+    def pixels(self) -> bool:
+        """Whether inputs are uint8 images: multiples of 1/255 in [0, 1]."""
+        return self.dataset.kind == "image" and self.dataset.x_train.dtype == np.uint8
+
+    def on_grid(self, x: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Return inputs as a sensor can give them: images of uint8 are rounded and clipped."""
+        if self.pixels:
+            x = np.rint(np.clip(x, 0, 1) * 255) / 255
+        return np.ascontiguousarray(x, np.float32)
+
+    def sample(self, examples: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return some test examples and their labels, all if there are no more, in their order."""
+        total = len(self.dataset.y_test)
+        rows = np.sort(generator(seed).permutation(total)[:examples])
+        return self.dataset.test_inputs()[rows], self.dataset.y_test[rows]
+
     @cached_property
     def parts(self) -> list[NDArray[np.int64]]:
         """The training rows of each client; some may be empty."""
         return partition(self.experiment, self.dataset)
+
+
+def _logits(network: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        starts = range(0, len(x), _BATCH)
+        parts = [network(torch.from_numpy(x[i : i + _BATCH])).numpy() for i in starts]
+    return np.concatenate(parts)
