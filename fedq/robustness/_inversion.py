@@ -1,0 +1,282 @@
+"""Examples from updates: the first dense layer's closed form, and search for inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedq.layout import Layout
+from fedq.quantization.base import float_twin
+from fedq.robustness._cells import Cells
+
+Matrix = NDArray[np.float64]
+Loss = Literal["cosine", "cells"]
+
+_REFINEMENTS, _POWER = 150, 30
+
+
+def least_squares(weight: Matrix, bias: Matrix) -> Matrix:
+    """Return the input of a dense layer from one example's update, (in,).
+
+    The gradient of the weight is that of the bias times the input, so that
+    ``x = sum_i b_i W_i / sum_i b_i**2``.
+
+    Args:
+      weight: (out, in), what the update does to the weight.
+      bias: (out,), to the bias.
+
+    Reference:
+      Geiping et al. 2020, "Inverting gradients: how easy is it to break privacy in federated
+      learning?", NeurIPS, proposition 3.1; Phong et al. 2018, IEEE TIFS 13.
+    """
+    size = float(bias @ bias)
+    return bias @ weight / size if size else np.zeros(weight.shape[1])
+
+
+def rank_one(weight: Matrix, bias: Matrix) -> Matrix:
+    """Return the same from the weight's leading singular vectors: errors average over all units."""
+    left = bias / max(float(np.linalg.norm(bias)), 1e-30)
+    if not left.any():
+        left = np.full(len(bias), 1 / math.sqrt(len(bias)))
+    right = np.zeros(weight.shape[1])
+    for _ in range(_POWER):
+        right = left @ weight
+        right /= max(float(np.linalg.norm(right)), 1e-30)
+        left = weight @ right
+        left /= max(float(np.linalg.norm(left)), 1e-30)
+    along = float(left @ bias)
+    return right * float(left @ weight @ right) / along if along else right
+
+
+def within_cells(cells: Cells, layout: Layout, start: Matrix, span: tuple[float, float]) -> Matrix:
+    """Return the input whose rank-one update breaks the bounds of a dense layer the least.
+
+    Args:
+      cells: Bounds of the whole update; its first two tensors are the layer's weight and bias.
+      layout: Of the update.
+      start: (in,) where to begin.
+      span: Smallest and largest value of an input.
+    """
+    first, second = layout.tensors[:2]
+    shape = first.shape
+    size = float(np.abs(cells.values[: second.slice.stop]).max(initial=0.0)) or 1.0
+
+    def part(values: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+        scaled = torch.from_numpy(values / np.float32(size))
+        return scaled[first.slice].view(shape), scaled[second.slice]
+
+    low, high, values = part(cells.low), part(cells.high), part(cells.values)
+    x = torch.from_numpy(start.astype(np.float32)).clamp_(*span).requires_grad_()
+    given = x.detach()
+    fitted = values[0] @ given / given.square().sum().clamp_min(1e-12)
+    errors = fitted.clone().requires_grad_()
+    steps = torch.optim.Adam(
+        [{"params": [x], "lr": 0.02 * (span[1] - span[0])}, {"params": [errors], "lr": 0.02}]
+    )
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(steps, _REFINEMENTS)
+    for _ in range(_REFINEMENTS):
+        steps.zero_grad()
+        broken = _outside(errors[:, None] * x, low[0], high[0])
+        broken = broken + _outside(errors, low[1], high[1])
+        # What lies within the bounds is decided by nearness to what was decoded.
+        near = (errors[:, None] * x - values[0]).square().sum()
+        (broken + _NEARNESS * near).backward()  # type: ignore[no-untyped-call]
+        steps.step()
+        decay.step()
+        with torch.no_grad():
+            x.clamp_(*span)
+    found: Matrix = x.detach().numpy().astype(np.float64)
+    return found
+
+
+_NEARNESS = 0.02
+
+
+def _outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the squared distance from a box."""
+    return (functional.relu(low - values) + functional.relu(values - high)).square().sum()
+
+
+def of_units(weight: Matrix, bias: Matrix, *, differences: bool) -> Matrix:
+    """Return a candidate input from every unit of a dense layer, (units, in).
+
+    A unit that few examples excite shows their mean. With differences, of neighbouring units: the
+    layer of :func:`imprint` makes them differ by few examples.
+    """
+    if differences:
+        weight, bias = weight[:-1] - weight[1:], bias[:-1] - bias[1:]
+    largest = float(np.abs(bias).max(initial=0.0))
+    some = np.abs(bias) > 1e-3 * largest
+    return np.asarray(weight[some] / bias[some, None], np.float64)
+
+
+def imprint(weights: NDArray[np.float32], layout: Layout, inputs: Matrix) -> NDArray[np.float32]:
+    """Return weights of a network with one hidden layer that sorts examples by their mean.
+
+    Unit k answers to inputs whose mean exceeds the k-th quantile that the server expects, and all
+    units feed the output alike: what two neighbours differ by is the examples between them.
+
+    Args:
+      weights: (d,) of an ``mlp`` with one hidden layer; they are not changed.
+      layout: Their names and shapes.
+      inputs: (n, in) examples like those that are asked for.
+
+    Reference:
+      Fowl et al. 2022, "Robbing the Fed: directly obtaining private data in federated learning with
+      modified models", ICLR, section 3.
+    """
+    changed = weights.copy()
+    first, second, third, _ = layout.tensors
+    units, size = first.shape
+    means = inputs.mean(axis=1)
+    quantiles = np.quantile(means, (np.arange(units) + 0.5) / units)
+    scale = 1 / max(float(means.std()), 1e-6)
+    changed[first.slice] = scale / size
+    changed[second.slice] = -scale * quantiles
+    alike = np.repeat(changed[third.slice].reshape(third.shape)[:, :1], units, axis=1)
+    changed[third.slice] = (alike / units).ravel()
+    return changed
+
+
+@dataclass(frozen=True)
+class Search:
+    """How inputs are searched for.
+
+    Attributes:
+      iterations: Of Adam on the sign of the gradient.
+      restarts: From other noise; the one with the least loss counts, as an attacker would choose.
+      variation: Weight of the total variation.
+    """
+
+    iterations: int = 600
+    restarts: int = 1
+    variation: float = 1e-2
+
+
+def search(
+    network: nn.Module,
+    cells: Cells,
+    layout: Layout,
+    label: int,
+    shape: tuple[int, ...],
+    span: tuple[float, float],
+    loss: Loss,
+    options: Search,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Return the input whose gradient fits an update the best, (1, *shape).
+
+    Args:
+      network: Its float twin stands in for the quantized network, which has no second derivatives.
+      cells: Bounds of the gradient.
+      layout: Of the network's parameters.
+      label: Of the example.
+      shape: Of an input.
+      span: Smallest and largest value of an input.
+      loss: ``cosine`` takes what was decoded for the gradient; ``cells`` asks for no more than what
+        the codec tells: intervals, and signs where there is no scale.
+      options: Budget.
+      rng: Starts.
+
+    Reference:
+      Geiping et al. 2020, section 4 (cosine, total variation, signed Adam); for known compression,
+      Ovi et al. 2023 and Yue et al. 2023, "Gradient obfuscation gives a false sense of security in
+      federated learning", USENIX Security.
+    """
+    bounds = _Bounds(cells, layout)
+    parameters = [dict(network.named_parameters())[name] for name in layout.names]
+    asked = [parameter.requires_grad for parameter in parameters]
+    target = torch.tensor([label])
+    best, least = np.zeros((1, *shape), np.float32), math.inf
+    network.eval()
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with float_twin(network):
+            for _ in range(options.restarts):
+                start = rng.uniform(*span, (1, *shape)).astype(np.float32)
+                found, value = _descend(network, parameters, bounds, target, start, span, loss, options)
+                if value < least:
+                    best, least = found, value
+    finally:
+        for parameter, before in zip(parameters, asked, strict=True):
+            parameter.requires_grad_(before)
+    return best
+
+
+def _descend(
+    network: nn.Module,
+    parameters: list[Tensor],
+    bounds: _Bounds,
+    target: Tensor,
+    start: NDArray[np.float32],
+    span: tuple[float, float],
+    loss: Loss,
+    options: Search,
+) -> tuple[NDArray[np.float32], float]:
+    x = torch.from_numpy(start).requires_grad_()
+    optimizer = torch.optim.Adam([x], 0.1 * (span[1] - span[0]))
+    n = options.iterations
+    decay = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, [3 * n // 8, 5 * n // 8, 7 * n // 8], 0.1
+    )
+    value = math.inf
+    for _ in range(n):
+        gradient = torch.autograd.grad(
+            functional.cross_entropy(network(x), target), parameters, create_graph=True
+        )
+        flat = torch.cat([part.reshape(-1) for part in gradient])
+        misfit = bounds.misfit(flat, loss)
+        total = misfit + options.variation * _variation(x) / (span[1] - span[0])
+        (x.grad,) = torch.autograd.grad(total, [x])
+        x.grad.sign_()
+        optimizer.step()
+        decay.step()
+        with torch.no_grad():
+            x.clamp_(*span)
+        value = float(total.detach())
+    return x.detach().numpy(), value
+
+
+class _Bounds:
+    """Misfit of a gradient to what is known of it."""
+
+    def __init__(self, cells: Cells, layout: Layout) -> None:
+        norm = max(float(np.linalg.norm(cells.values)), 1e-30)
+        known = np.isfinite(cells.low) & np.isfinite(cells.high)
+        self.values = torch.from_numpy(cells.values / np.float32(norm))
+        self.norm = norm
+        self.known = torch.from_numpy(np.flatnonzero(known))
+        self.low = torch.from_numpy(cells.low[known] / np.float32(norm))
+        self.high = torch.from_numpy(cells.high[known] / np.float32(norm))
+        self.signs = torch.from_numpy(np.flatnonzero(~known))
+        self.sign = torch.sign(self.values[self.signs])
+
+    def misfit(self, gradient: Tensor, loss: Loss) -> Tensor:
+        if loss == "cosine":
+            return 1 - functional.cosine_similarity(gradient, self.values, dim=0)
+        total = gradient.new_zeros(())
+        if len(self.known):
+            total = total + _outside(gradient[self.known] / self.norm, self.low, self.high)
+        if len(self.signs):
+            part = gradient[self.signs]
+            wrong = functional.relu(-self.sign * part).sum()
+            total = total + wrong / part.norm().clamp_min(1e-12) / _SIGNS
+        return total
+
+
+#: Weight of wrong signs beside the total variation.
+_SIGNS = 10.0
+
+
+def _variation(x: Tensor) -> Tensor:
+    """Return the mean absolute difference of neighbours, over all axes behind the channels."""
+    axes = range(2, x.ndim)
+    return sum((x.diff(dim=axis).abs().mean() for axis in axes), x.new_zeros(()))
