@@ -130,14 +130,27 @@ def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirect
 
 
 def run_experiment(
-    experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
+    experiment: Experiment,
+    path: Path,
+    *,
+    resume: bool = False,
+    watch: Watch = no_watch,
+    parts: Sequence[NDArray[np.int64]] | None = None,
 ) -> Outcome:
-    """Run one experiment into a directory, or continue the one that is there."""
+    """Run one experiment into a directory, or continue the one that is there.
+
+    Args:
+      experiment: What to run.
+      path: Its directory.
+      resume: Continue what is there.
+      watch: Shows progress.
+      parts: The training rows of each client, in place of those of the experiment's partition.
+    """
     if experiment.keys is not None:
         raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
     dataset = load(experiment.data)
     experiment = anchored(experiment)
-    parts = partition(experiment, dataset)
+    parts = partition(experiment, dataset) if parts is None else parts
     filled = [part for part in parts if len(part)]
     if len(filled) < len(parts):
         # They are left out of the federation: to ask them would only lose places in the cohort.

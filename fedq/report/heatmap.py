@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOTS, MARKDOWN, CSV = (
-    ("attack_grid.png", "attack_grid.svg"),
-    "attack_grid.md",
-    "attack_grid.csv",
-)
+STEM = "attack_grid"
 #: What is shown of a run's summary, and whether more of it is good.
 METRICS: Mapping[str, tuple[str, bool]] = {
     "accuracy": ("accuracy", True),
@@ -194,7 +190,7 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | 
 
 
 def write(grid: AttackGrid, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the heat map (PNG, SVG) and the tables (Markdown, CSV); return their paths.
+    """Write ``attack_grid``: the heat map (png, svg) and the tables (md, csv); return the paths.
 
     Raises:
       FedqError: If they cannot be written.
@@ -202,10 +198,10 @@ def write(grid: AttackGrid, folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     try:
         figure = plot(grid)
-        written = [_save(figure, folder / name) for name in PLOTS]
-        for name, text in ((MARKDOWN, to_markdown(grid)), (CSV, to_csv(grid))):
-            (folder / name).write_text(text, encoding="utf-8")
-            written.append(folder / name)
+        written = [save(figure, folder / f"{STEM}.{kind}") for kind in ("png", "svg")]
+        for kind, text in (("md", to_markdown(grid)), ("csv", to_csv(grid))):
+            written.append(folder / f"{STEM}.{kind}")
+            written[-1].write_text(text, encoding="utf-8")
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror}; name another folder with --out"
         raise FedqError(message) from error
@@ -270,7 +266,8 @@ def _panel(axes: Axes, grid: AttackGrid, metric: str, codec: str) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, by the file's suffix, and return the path."""
     import matplotlib
 
     # A fixed salt and no date: the same figures give the same file.
