@@ -63,7 +63,8 @@ class RunDirectory:
     """One run's files, locked against a second writer until :meth:`close` or the process's end.
 
     Made by :meth:`create` or :meth:`open`; also a context manager. Readers need no lock:
-    :func:`read_config`, :func:`read_rounds`, :func:`read_summary`, :func:`read_model`.
+    :func:`read_config`, :func:`read_rounds`, :func:`read_summary`, :func:`read_model`,
+    :func:`read_checkpoint`.
 
     Example:
       >>> import tempfile
@@ -386,6 +387,19 @@ def model_digest(path: str | os.PathLike[str]) -> str:
     file = Path(path) / MODEL
     with _explained(file), file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return a run's newest checkpoint, as it stands.
+
+    Raises:
+      ConfigError: If there is none.
+      FedqError: If it is damaged.
+    """
+    found = _checkpoints(Path(path))
+    if not found:
+        raise ConfigError(f"{path} holds no checkpoint; give a run directory as it was written")
+    return _load_checkpoint(found[-1])
 
 
 def default_run_path(root: str | os.PathLike[str] = "runs", label: str = "") -> Path:

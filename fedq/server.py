@@ -118,6 +118,12 @@ class _Server:
         if experiment.privacy.unit is not None:
             private_training.check(self.trainer, experiment.privacy)
         self.x_test, self.y_test = dataset.test_inputs(), dataset.y_test
+        #: What shows whether a backdoor works; None without one.
+        self.probe: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+        if experiment.attack.fraction:
+            self.probe = experiment.attack.probe(
+                self.x_test, self.y_test, dataset.classes, dataset.high
+            )
         self.grid = Adversary.around(grid, experiment, self.trainer.layout)
         self.strategy = FedQ(
             layout=self.trainer.layout,
@@ -253,6 +259,10 @@ class _Server:
             "loss": deployed[0].loss,
             "evaluation_seconds": time.perf_counter() - start,
         }
+        if self.probe is not None:
+            judged["attack_success"] = self.trainer.evaluate(*self.probe).score
+            twin = self.trainer.evaluate(*self.probe, float_twin=True)
+            judged["float_attack_success"] = twin.score
         if len(deployed) > 1:
             names = self.strategy.variants
             scores = [evaluation.score for evaluation in deployed]
@@ -341,8 +351,8 @@ def summarise(
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    by_width = {key: judged[key] for key in (f"{metric.name}_by_width",) if key in judged}
-    return by_width | {
+    some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
+    return {key: judged[key] for key in some if key in judged} | {
         "name": experiment.name,
         "metric": metric.name,
         metric.name: judged[metric.name],

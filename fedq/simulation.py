@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import config, registry, server
+from fedq.attacks.base import Accomplice
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
 from fedq.downlink import models_kept
@@ -77,7 +78,7 @@ def anchored(experiment: Experiment) -> Experiment:
 
 @dataclass(frozen=True)
 class PoisonedSite(SimulatedSite):
-    """Simulated clients, of which some train on the labels that an attack gives them.
+    """Simulated clients, of which some train on the rows that an attack gives them.
 
     Args:
       attack: The registered attack.
@@ -88,11 +89,16 @@ class PoisonedSite(SimulatedSite):
     hostile: frozenset[int] = frozenset()
 
     def examples(self, context: Context) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Return the partition's rows, with the attack's labels if it is hostile."""
+        """Return the partition's rows, or what the attack makes of them if it is hostile."""
         x, y = super().examples(context)
-        if self.identity(context) in self.hostile:
-            y = self.attack.labels(y, load(self.data).classes)
-        return x, y
+        client = self.identity(context)
+        if client not in self.hostile:
+            return x, y
+        dataset = load(self.data)
+        place, seed = sorted(self.hostile).index(client), derive(self.seed, client, "attack")
+        about = Accomplice(place, len(self.hostile), dataset.classes, dataset.high, seed)
+        poisoned: tuple[NDArray[np.float32], NDArray[Any]] = self.attack.poison(x, y, about)
+        return poisoned
 
 
 def make_site(
@@ -124,14 +130,27 @@ def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirect
 
 
 def run_experiment(
-    experiment: Experiment, path: Path, *, resume: bool = False, watch: Watch = no_watch
+    experiment: Experiment,
+    path: Path,
+    *,
+    resume: bool = False,
+    watch: Watch = no_watch,
+    parts: Sequence[NDArray[np.int64]] | None = None,
 ) -> Outcome:
-    """Run one experiment into a directory, or continue the one that is there."""
+    """Run one experiment into a directory, or continue the one that is there.
+
+    Args:
+      experiment: What to run.
+      path: Its directory.
+      resume: Continue what is there.
+      watch: Shows progress.
+      parts: The training rows of each client, in place of those of the experiment's partition.
+    """
     if experiment.keys is not None:
         raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
     dataset = load(experiment.data)
     experiment = anchored(experiment)
-    parts = partition(experiment, dataset)
+    parts = partition(experiment, dataset) if parts is None else parts
     filled = [part for part in parts if len(part)]
     if len(filled) < len(parts):
         # They are left out of the federation: to ask them would only lose places in the cohort.

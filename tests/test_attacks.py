@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from fedq import ConfigError, DecodeError, Layout, available, build, wire
-from fedq.attacks.base import Attack, Honest, VectorAttack, View
+from fedq.attacks._backdoor import patch
+from fedq.attacks._defence import Defence
+from fedq.attacks.base import Accomplice, Attack, Honest, VectorAttack, View
 from fedq.client import Task
 from fedq.codecs import Codec, decode
 from fedq.engines.adversary import Adversary
@@ -38,6 +41,9 @@ HOSTILE = [case for case in CASES if case.values[0].name != "none"]
 every = pytest.mark.parametrize("attack", CASES)
 every_hostile = pytest.mark.parametrize("attack", HOSTILE)
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+
+
+CLIENT = Accomplice(place=0, of=2, classes=10, high=1.0, seed=5)
 
 
 def rows(n: int, seed: int) -> NDArray[np.float64]:
@@ -96,7 +102,7 @@ def test_what_is_sent_is_a_message_that_is_decoded_or_refused(attack: Attack, co
                 message = wire.unseal(blob)
                 y = decode(message.parts[0], LAYOUT)
             except DecodeError:
-                assert attack.name in ("bad_scale", "bit_flip", "bomb")
+                assert attack.name in ("bad_scale", "bit_flip", "bomb", "off_grid")
                 continue
             assert np.isfinite(y).all()
             assert message.metadata["client"] == honest.client
@@ -119,6 +125,20 @@ def test_the_same_generator_sends_the_same(attack: Attack, codec: Codec) -> None
         ("free_rider", {"noise": -1.0}),
         ("scale_inflation", {"factor": 0.0}),
         ("bit_flip", {"bits": 0}),
+        ("min_max", {"stretch": -1.0}),
+        ("min_sum", {"stretch": math.nan}),
+        ("dither_abuse", {"factor": 0.0}),
+        ("overclaim", {"claim": 0}),
+        ("model_replacement", {"share": 0.0}),
+        ("model_replacement", {"target": -1}),
+        ("model_replacement", {"size": 0}),
+        ("model_replacement", {"limit": 0.0}),
+        ("distributed_trigger", {"boost": -1.0}),
+        ("distributed_trigger", {"parts": 0}),
+        ("edge_case", {"source": 0}),
+        ("adaptive", {"span": 1.0}),
+        ("adaptive", {"steps": 1}),
+        ("adaptive", {"inner": "mimic"}),
     ],
 )
 def test_options_are_validated(name: str, options: dict[str, Any]) -> None:
@@ -182,9 +202,168 @@ def test_mimics_are_one_honest_client() -> None:
 
 
 def test_flipped_labels_are_the_other_end() -> None:
-    y = np.arange(10)
-    assert build("attack", "label_flip").labels(y, 10).tolist() == y[::-1].tolist()
-    assert build("attack", "alie").labels(y, 10) is y
+    x, y = np.zeros((10, 2), np.float32), np.arange(10)
+    assert build("attack", "label_flip").poison(x, y, CLIENT)[1].tolist() == y[::-1].tolist()
+    assert build("attack", "alie").poison(x, y, CLIENT)[1] is y
+
+
+# --- backdoors -----------------------------------------------------------------------------------
+
+BACKDOORS = ["model_replacement", "distributed_trigger", "edge_case"]
+every_backdoor = pytest.mark.parametrize("name", BACKDOORS)
+
+
+def examples(n: int = 40) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    rng = np.random.default_rng(3)
+    return rng.uniform(0, 0.5, (n, 2, 6, 6)).astype(np.float32), rng.integers(0, 5, n)
+
+
+@every_backdoor
+def test_a_share_of_the_rows_is_poisoned_and_the_others_are_left_alone(name: str) -> None:
+    attack, (x, y) = build("attack", name, share=0.25, target=1), examples()
+    kept = x.copy(), y.copy()
+    poisoned, labels = attack.poison(x, y, CLIENT)
+    assert np.array_equal(x, kept[0])
+    assert np.array_equal(y, kept[1])
+    changed = (poisoned != x).any(axis=(1, 2, 3))
+    assert changed.sum() == 10
+    assert (labels[changed] == 1).all()
+    assert np.array_equal(labels[~changed], y[~changed])
+    again = attack.poison(x, y, CLIENT)
+    assert np.array_equal(again[0], poisoned)
+    assert np.array_equal(again[1], labels)
+    assert attack.poison(x[:0], y[:0], CLIENT)[0].shape == (0, 2, 6, 6)
+
+
+@every_backdoor
+def test_a_backdoor_is_judged_by_examples_of_other_classes(name: str) -> None:
+    attack, (x, y) = build("attack", name, target=1), examples()
+    shown, wanted = attack.probe(x, y, 5, 1.0)
+    assert (wanted == 1).all()
+    assert len(shown) == (y == 2).sum() if name == "edge_case" else (y != 1).sum()
+    assert (shown != x[y == 2] if name == "edge_case" else shown != x[y != 1]).any()
+    with pytest.raises(ConfigError, match="the task has 1 classes"):
+        attack.probe(x, y, 1, 1.0)
+    with pytest.raises(ConfigError, match=r"choose attack\.(target|source)"):
+        attack.probe(x[y == 1], y[y == 1], 5, 1.0)
+    assert build("attack", "alie").probe(x, y, 5, 1.0) is None
+
+
+def test_the_parts_of_a_trigger_are_disjoint_and_make_the_whole() -> None:
+    attack = build("attack", "distributed_trigger", parts=4, size=4)
+    for hostile in (1, 3, 4, 9):
+        clients = [dataclasses.replace(CLIENT, place=i, of=hostile) for i in range(hostile)]
+        masks = [attack.part((2, 6, 6), client) for client in clients]
+        whole = patch((2, 6, 6), 4)
+        assert (np.any(masks, axis=0) == whole).all()
+        distinct = np.unique(masks, axis=0)
+        assert len(distinct) == min(hostile, 4)
+        assert distinct.sum() == whole.sum()
+
+
+def test_the_patch_is_in_the_last_corner_of_any_kind_of_input() -> None:
+    assert np.argwhere(patch((1, 5, 5), 2)).tolist() == [[0, 3, 3], [0, 3, 4], [0, 4, 3], [0, 4, 4]]
+    assert np.argwhere(patch((2, 4), 1)).tolist() == [[0, 3], [1, 3]]
+    assert np.argwhere(patch((4,), 9)).tolist() == [[0], [1], [2], [3]]
+
+
+def test_model_replacement_replaces_the_mean_and_a_limit_holds() -> None:
+    sent = deltas("model_replacement")
+    honest = OTHERS - OTHERS.mean(axis=0)
+    mean = np.concatenate([sent, honest]).mean(axis=0)
+    assert np.allclose(mean, OWN.mean(axis=0))
+    usual = np.median(np.linalg.norm(OTHERS, axis=1))
+    short = deltas("model_replacement", limit=0.5)
+    assert np.allclose(np.linalg.norm(short, axis=1), 0.5 * usual)
+    assert np.allclose(
+        short / np.linalg.norm(short, axis=1, keepdims=True),
+        OWN / np.linalg.norm(OWN, axis=1, keepdims=True),
+    )
+
+
+# --- attacks tuned to the server -----------------------------------------------------------------
+
+
+def outcome(attack: Attack, seen: View) -> NDArray[Any]:
+    assert seen.defence is not None
+    forged = [decode(wire.unseal(blob).parts[0], LAYOUT) for blob in attack.forge(seen)]
+    honest = [reply.delta for reply in seen.others]
+    result = seen.defence.result(forged, honest, [5.0] * (len(forged) + len(honest)))
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("inner", ["alie", "ipm", "min_max", "min_sum", "sign_flip", "scaling"])
+@pytest.mark.parametrize("rule", ["mean", "median", "multi_krum", "geometric_median"])
+@every_codec
+def test_a_tuned_attack_serves_its_aim_no_worse_than_the_plain_one(
+    inner: str, rule: str, codec: Codec
+) -> None:
+    options = {"f": 2} if rule == "multi_krum" else {}
+    defence = Defence(build("aggregator", rule, **options), build("guard", "relative"))
+    plain = build("attack", inner)
+    # An odd grid tries the plain strength, too.
+    tuned = build("attack", "adaptive", inner=inner, steps=5)
+    seen = dataclasses.replace(view(codec), defence=defence)
+    again = dataclasses.replace(view(codec), defence=defence)
+    honest = np.mean([reply.delta for reply in seen.others], axis=0, dtype=np.float64)
+    reached = [
+        float(np.linalg.norm(outcome(a, v) - honest)) for a, v in ((tuned, seen), (plain, again))
+    ]
+    assert reached[0] >= reached[1] * (1 - 1e-6)
+
+
+MEAN_6 = rows(6, 1).mean(axis=0)
+
+
+def test_a_tuned_attack_stays_below_what_the_guard_rejects() -> None:
+    """At full strength the guard drops it; tuned, it is as strong as passes."""
+    codec = CODECS[0]
+    guard = build("guard", "relative", norm_limit=4.0, peak_limit=None)
+    seen = dataclasses.replace(view(codec), defence=Defence(build("aggregator", "mean"), guard))
+    attack = build("attack", "adaptive", inner={"name": "sign_flip", "scale": 10.0})
+    sent = [decode(wire.unseal(blob).parts[0], LAYOUT) for blob in attack.forge(seen)]
+    usual = np.median(np.linalg.norm(rows(6, 1), axis=1))
+    lengths = np.linalg.norm(sent, axis=1) / usual
+    assert (lengths <= 4).all()
+    assert (lengths > 2).all()
+
+
+def test_without_a_view_of_the_server_a_tuned_attack_is_the_plain_one() -> None:
+    for codec in CODECS:
+        plain, tuned = build("attack", "alie"), build("attack", "adaptive")
+        assert tuned.forge(view(codec)) == plain.forge(view(codec))
+
+
+def test_biases_are_of_the_codec_s_own_size() -> None:
+    codec, seen = CODECS[1], view(CODECS[1])
+    off_grid = rows(1, 9)[0]
+    error = decode(codec.encode(off_grid, LAYOUT, 3), LAYOUT) - off_grid
+    step = math.sqrt(12 * np.square(error).mean())
+    for blob, reply in zip(build("attack", "dither_abuse").forge(seen), seen.own, strict=True):
+        moved = decode(wire.unseal(blob).parts[0], LAYOUT) - reply.delta
+        assert -float(moved @ np.sign(MEAN_6)) / LAYOUT.size == pytest.approx(step, rel=0.5)
+        assert np.abs(moved).max() < 3 * step
+
+
+def test_a_stale_update_is_the_old_one_in_a_new_code() -> None:
+    codec = CODECS[0]
+    old, new = view(codec, server_round=2), view(codec, server_round=3)
+    earlier = {honest.client: wire.seal(honest.message) for honest in old.own}
+    seen = View(3, LAYOUT, codec, new.own, new.others, earlier, generator(0))
+    blobs = build("attack", "stale_base").forge(seen)
+    for blob, before, now in zip(blobs, old.own, new.own, strict=True):
+        frame = wire.open_frame(wire.unseal(blob).parts[0], LAYOUT)
+        assert frame.seed == now.seed
+        assert np.array_equal(decode(wire.unseal(blob).parts[0], LAYOUT), before.delta)
+
+
+def test_claims_are_as_large_as_asked() -> None:
+    for blob in build("attack", "overclaim", claim=77).forge(view(CODECS[0])):
+        assert wire.unseal(blob).metadata["examples"] == 77
+
+
+# --- payloads ------------------------------------------------------------------------------------
 
 
 def test_a_replay_is_the_last_reply_with_this_round_s_number() -> None:
@@ -252,6 +431,10 @@ def test_order_of_replies_does_not_matter_under_attack(attack: Attack) -> None:
         ("wrong_seed", {"seed"}),
         ("replay", {"seed"}),
         ("bomb", {"malformed", "norm", "peak"}),
+        ("off_grid", {"malformed"}),
+        ("stale_base", set()),
+        ("dither_abuse", set()),
+        ("overclaim", set()),
     ],
 )
 def test_codec_attacks_are_refused_and_their_senders_quarantined(

@@ -14,8 +14,10 @@ _FARTHEST = 1e6
 _STEPS = 60
 
 
-def perturbed(own: Rows, others: Rows, direction: Direction, limit: str) -> Rows:
-    """Return ``mean + gamma p`` with the largest gamma within the limit of the honest updates.
+def perturbed(
+    own: Rows, others: Rows, direction: Direction, limit: str, stretch: float = 1.0
+) -> Rows:
+    """Return ``mean + stretch gamma p``, gamma the largest within the limit of honest updates.
 
     Args:
       own: (m, d).
@@ -23,6 +25,7 @@ def perturbed(own: Rows, others: Rows, direction: Direction, limit: str) -> Rows
       direction: p is the negative of the mean's direction, of the deviation or of the mean's sign.
       limit: ``"max"``: no farther from any honest update than two of those are from each other;
         ``"sum"``: no larger a sum of squared distances to them than any of those has.
+      stretch: Times that gamma.
     """
     rows = others if len(others) else own
     mean, deviation = moments(others, own)
@@ -49,4 +52,4 @@ def perturbed(own: Rows, others: Rows, direction: Direction, limit: str) -> Rows
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) else (low, middle)
-    return np.asarray(mean + low * step)
+    return np.asarray(mean + stretch * low * step)

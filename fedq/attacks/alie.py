@@ -30,6 +30,7 @@ class Alie(VectorAttack):
       Algorithm 3.
     """
 
+    strength: ClassVar[str] = "z"
     fraction: float = 0.2
     z: float | None = 1.5
 

@@ -16,12 +16,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import wire
+from fedq.attacks._defence import Defence
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError
 from fedq.layout import Layout, Vector
 from fedq.random import derive, generator
 
 Rows = NDArray[np.float64]
+Inputs = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Accomplice:
+    """One hostile client, as it prepares its training rows.
+
+    Attributes:
+      place: Its place among the hostile, from 0.
+      of: How many they are.
+      classes: Of the task.
+      high: The largest value that inputs take.
+      seed: Of its choices, the same in all rounds.
+    """
+
+    place: int
+    of: int
+    classes: int
+    high: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class View:
       others: What the honest clients send, by client number.
       earlier: By client number, the attackers' sealed replies of the last round they took part in.
       rng: Of this round's attack.
+      defence: What the server does with replies; None is unknown.
     """
 
     round: int
@@ -62,6 +85,7 @@ class View:
     others: Sequence[Honest]
     earlier: Mapping[int, bytes]
     rng: np.random.Generator
+    defence: Defence | None = None
 
 
 class Attack(abc.ABC):
@@ -87,9 +111,28 @@ class Attack(abc.ABC):
         chosen = generator(derive(seed, "attack")).choice(clients, count, replace=False)
         return sorted(chosen.tolist())
 
-    def labels(self, y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-        """Return the (n,) labels that a hostile client trains on."""
-        return y
+    def poison(self, x: Inputs, y: Labels, client: Accomplice) -> tuple[Inputs, Labels]:
+        """Return the rows that a hostile client trains on, given its own; neither is written to.
+
+        Args:
+          x: (n, ...) channels first.
+          y: (n,).
+          client: Who it is.
+        """
+        return x, y
+
+    def probe(
+        self, x: Inputs, y: Labels, classes: int, high: float
+    ) -> tuple[Inputs, Labels] | None:
+        """Return by what the attack is judged, of the test examples; None for all but backdoors.
+
+        Inputs with the trigger, and what the attacker wants them taken for: the share of them that
+        the deployed model takes for it is the attack's success rate.
+
+        Raises:
+          ConfigError: If the task has no such class, or no example to show the trigger on.
+        """
+        return None
 
     def forge(self, view: View) -> list[bytes]:
         """Return the sealed message of each of ``view.own``; as it is, unless overridden."""
@@ -97,7 +140,13 @@ class Attack(abc.ABC):
 
 
 class VectorAttack(Attack):
-    """An attack that chooses deltas; they are encoded as an honest client would."""
+    """An attack that chooses deltas; they are encoded as an honest client would.
+
+    Attributes:
+      strength: The option that says how far it goes, which ``adaptive`` tunes; empty if none does.
+    """
+
+    strength: ClassVar[str] = ""
 
     @abc.abstractmethod
     def _deltas(self, own: Rows, others: Rows, rng: np.random.Generator) -> Rows:
@@ -112,12 +161,17 @@ class VectorAttack(Attack):
           (m, d), or (d,) for all alike.
         """
 
+    def harm(self, result: Vector, own: Rows, others: Rows) -> float:
+        """Return how well an aggregate serves the attackers: its distance from the honest mean.
+
+        The objective of Shejwalkar and Houmansadr 2021, eq. (1).
+        """
+        return float(np.linalg.norm(result - moments(others, own)[0]))
+
     def forge(self, view: View) -> list[bytes]:
         """Return messages with the chosen deltas."""
-        own = np.array([reply.delta for reply in view.own], np.float64)
-        others = np.array([reply.delta for reply in view.others], np.float64)
-        others = others.reshape(-1, view.layout.size)
-        deltas = np.broadcast_to(self._deltas(own, others, view.rng), own.shape)
+        deltas = self._deltas(*deltas_of(view), view.rng)
+        deltas = np.broadcast_to(deltas, (len(view.own), view.layout.size))
         return [sealed(view, reply, row) for reply, row in zip(view.own, deltas, strict=True)]
 
 
@@ -133,12 +187,25 @@ class PayloadAttack(Attack):
         return [self._rewrite(reply, view) for reply in view.own]
 
 
-def sealed(view: View, reply: Honest, delta: Any) -> bytes:
-    """Seal a reply with another delta, encoded with the seed that the server expects."""
+def deltas_of(view: View) -> tuple[Rows, Rows]:
+    """Return what the attackers would have sent, (m, d), and what the honest send, (h, d)."""
+    own, others = (
+        np.array([reply.delta for reply in replies], np.float64).reshape(-1, view.layout.size)
+        for replies in (view.own, view.others)
+    )
+    return own, others
+
+
+def encoded(view: View, reply: Honest, delta: Any) -> bytes:
+    """Encode another delta than a reply's with the seed that the server expects."""
     limit = np.finfo(np.float32).max
     values = np.clip(np.asarray(delta), -limit, limit).astype(np.float32)
-    payload = view.codec.encode(values, view.layout, reply.seed)
-    return resealed(reply, payload)
+    return view.codec.encode(values, view.layout, reply.seed)
+
+
+def sealed(view: View, reply: Honest, delta: Any) -> bytes:
+    """Seal a reply with another delta."""
+    return resealed(reply, encoded(view, reply, delta))
 
 
 def resealed(reply: Honest, payload: bytes, **metadata: Any) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from fedq.attacks.base import Rows, VectorAttack
@@ -21,6 +23,7 @@ class Gaussian(VectorAttack):
       Blanchard et al. 2017, "Machine learning with adversaries".
     """
 
+    strength: ClassVar[str] = "scale"
     fraction: float = 0.2
     scale: float = 10.0
 

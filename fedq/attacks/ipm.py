@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from fedq.attacks.base import Rows, VectorAttack, moments
@@ -25,6 +27,7 @@ class Ipm(VectorAttack):
       manipulation".
     """
 
+    strength: ClassVar[str] = "epsilon"
     fraction: float = 0.2
     epsilon: float = 0.5
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fedq.attacks.base import Attack
+from fedq.attacks.base import Accomplice, Attack, Inputs, Labels
 from fedq.errors import ConfigError
 from fedq.registry import register
 
@@ -24,8 +21,8 @@ class LabelFlip(Attack):
 
     fraction: float = 0.2
 
-    def labels(self, y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-        """Return the labels from the other end."""
-        if classes < 2:
+    def poison(self, x: Inputs, y: Labels, client: Accomplice) -> tuple[Inputs, Labels]:
+        """Return the rows with labels from the other end."""
+        if client.classes < 2:
             raise ConfigError("attack=label_flip needs data with classes")
-        return classes - 1 - y
+        return x, client.classes - 1 - y

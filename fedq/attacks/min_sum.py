@@ -9,6 +9,7 @@ import numpy as np
 
 from fedq.attacks._optimised import Direction, perturbed
 from fedq.attacks.base import Rows, VectorAttack
+from fedq.errors import ConfigError
 from fedq.registry import register
 
 
@@ -22,15 +23,23 @@ class MinSum(VectorAttack):
     Args:
       fraction: Of clients that are hostile.
       direction: ``unit`` against the mean, ``std`` along the deviations, ``sign`` of the mean.
+      stretch: Times the largest gamma; above 1 it leaves the limit.
 
     Reference:
       Shejwalkar and Houmansadr 2021, "Manipulating the Byzantine", section IV.
     """
 
+    strength: ClassVar[str] = "stretch"
     fraction: float = 0.2
     direction: Direction = "std"
+    stretch: float = 1.0
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"direction": "unit"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stretch >= 0:
+            raise ConfigError(f"attack.stretch must not be negative, not {self.stretch}")
+
     def _deltas(self, own: Rows, others: Rows, rng: np.random.Generator) -> Rows:
-        return perturbed(own, others, self.direction, "sum")
+        return perturbed(own, others, self.direction, "sum", self.stretch)

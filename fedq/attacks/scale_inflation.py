@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from fedq.attacks.base import Rows, VectorAttack, moments
@@ -22,6 +24,7 @@ class ScaleInflation(VectorAttack):
       factor: Of the honest scale.
     """
 
+    strength: ClassVar[str] = "factor"
     fraction: float = 0.2
     factor: float = 1000.0
 

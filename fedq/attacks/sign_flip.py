@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from fedq.attacks.base import Rows, VectorAttack
@@ -22,6 +24,7 @@ class SignFlip(VectorAttack):
       from heterogeneous datasets".
     """
 
+    strength: ClassVar[str] = "scale"
     fraction: float = 0.2
     scale: float = 1.0
 

@@ -190,6 +190,11 @@ class Dataset:
             raise ConfigError("x_train holds values too large to standardise; rescale them")
         return mean, np.where(deviation > 0, deviation, 1.0)
 
+    @cached_property
+    def high(self) -> float:
+        """The largest value that a training input takes, as models get it."""
+        return max(float(self._inputs(block).max()) for block in _blocks(self.x_train))
+
     def _inputs(self, x: Array) -> Inputs:
         offset, divisor = self.scaling
         if offset.ndim == 0 and offset == 0:

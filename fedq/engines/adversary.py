@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fedq import records, wire
+from fedq.attacks._defence import Defence
 from fedq.attacks.base import Attack, Honest, View
 from fedq.codecs.base import Codec, decode_frame
 from fedq.engines.stream import WrappedGrid
@@ -36,14 +37,23 @@ class Adversary(WrappedGrid):
       layout: Names and shapes of deltas.
       codec: How clients encode them.
       seed: Of the run.
+      defence: What the server does with their replies; attackers may know it.
 
     Attributes:
       asked: Hostile clients in the last cohort.
     """
 
-    def __init__(self, grid: Grid, attack: Attack, layout: Layout, codec: Codec, seed: int) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        attack: Attack,
+        layout: Layout,
+        codec: Codec,
+        seed: int,
+        defence: Defence | None = None,
+    ) -> None:
         super().__init__(grid)
-        self._attack = attack
+        self._attack, self._defence = attack, defence
         self._layout, self._codec, self._seed = layout, codec, seed
         self._earlier: dict[int, bytes] = {}
         self._hostile: frozenset[int] | None = None
@@ -54,7 +64,8 @@ class Adversary(WrappedGrid):
         """Return the grid with an experiment's attack; the grid itself if there is none."""
         if experiment.attack.fraction == 0:
             return grid
-        return cls(grid, experiment.attack, layout, experiment.codec, experiment.seed)
+        attack, defence = experiment.attack, Defence(experiment.aggregator, experiment.guard)
+        return cls(grid, attack, layout, experiment.codec, experiment.seed, defence)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -84,6 +95,7 @@ class Adversary(WrappedGrid):
                 [others[node] for node in sorted(others)],
                 dict(self._earlier),
                 generator(derive(self._seed, server_round, "attack")),
+                self._defence,
             )
             blobs = self._attack.forge(view)
             for (reply, honest), blob in zip(

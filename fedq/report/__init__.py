@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedq.errors import ConfigError, FedqError
+from fedq.report import heatmap
 from fedq.report.plots import plot_accuracy_vs_bytes
 from fedq.report.runs import EqualAccuracy, Run, equal_accuracy, find_runs, load_run
 from fedq.report.tables import comparison_table, note, to_csv, to_markdown
@@ -43,8 +44,9 @@ def report(
     """Compare runs: write the files and return what to print.
 
     One run directory (its float baseline belongs to it) gets ``accuracy_vs_bytes.png``, or that
-    of the task's own metric. Several,
-    or a sweep's directory, get the plot, ``report.md`` and ``report.csv``.
+    of the task's own metric. Several, or a sweep's directory, get the plot, ``report.md`` and
+    ``report.csv``; a sweep over attacks and aggregators gets its heat map as well
+    (:mod:`fedq.report.heatmap`).
 
     Args:
       paths: Run directories, or directories that hold some.
@@ -72,6 +74,10 @@ def report(
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror}; name another folder with --out"
         raise FedqError(message) from error
+    grid = heatmap.AttackGrid.of(runs)
+    if grid is not None:
+        written += heatmap.write(grid, folder)
     lines = [note(runs), *(f"wrote {path}" for path in written)]
     texts = [Text(line, overflow="fold") for line in lines if line]
-    return Group(comparison_table(runs), Text(), *texts)
+    tables = heatmap.render(grid) if grid is not None else []
+    return Group(comparison_table(runs), *tables, Text(), *texts)

@@ -202,7 +202,9 @@ def search(
         with float_twin(network):
             for _ in range(options.restarts):
                 start = rng.uniform(*span, (1, *shape)).astype(np.float32)
-                found, value = _descend(network, parameters, bounds, target, start, span, loss, options)
+                found, value = _descend(
+                    network, parameters, bounds, target, start, span, loss, options
+                )
                 if value < least:
                     best, least = found, value
     finally:
