@@ -92,7 +92,15 @@ def _parser() -> argparse.ArgumentParser:
         "-m",
         "--multirun",
         action="store_true",
-        help="run every combination of comma-separated values",
+        help="run every combination of comma-separated values, and the studies of conf/experiment",
+    )
+    simulate.add_argument(
+        "--jobs", type=int, metavar="N", help="with -m: runs at a time (default: as cores allow)"
+    )
+    simulate.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="with -m: leave out combinations that make no experiment, and run the others",
     )
     simulate.add_argument("overrides", nargs="*", metavar="OPTION=VALUE")
     simulate.set_defaults(run=_simulate)
@@ -315,29 +323,79 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
     _no_flags(rest)
     overrides = [*options.overrides, *rest]
     from fedq import config
+    from fedq.results import holds_run
 
-    if not options.multirun:
-        return _simulate_one(overrides)
+    resume = config.option(overrides, "resume")
+    if options.multirun or (resume is not None and not holds_run(str(resume))):
+        return _sweep(overrides, options.jobs, keep_going=options.keep_going)
+    if options.jobs is not None or options.keep_going:
+        raise ConfigError("--jobs and --keep-going are for sweeps; add -m")
+    return _simulate_one(overrides)
+
+
+def _sweep(overrides: list[str], jobs: int | None, *, keep_going: bool) -> int:
     from rich.console import Console
 
+    from fedq import config
     from fedq.report import report
     from fedq.results import default_run_path
 
-    base = config.option(overrides, "run_dir") or default_run_path(label="sweep")
-    cells = config.sweep([text for text in overrides if not text.startswith("run_dir=")])
-    for cell in cells:  # a misspelling in the last cell must not wait for the others
-        config.load(cell)
-    status = 0
-    for number, cell in enumerate(cells, 1):
-        print(f"[{number}/{len(cells)}] {' '.join(cell)}", flush=True)
+    resume = config.option(overrides, "resume")
+    given = resume or config.option(overrides, "run_dir") or default_run_path(label="sweep")
+    base = Path(str(given))
+    rest = [text for text in overrides if not text.startswith(("run_dir=", "resume="))]
+    searched = None if resume else config.search(rest)
+    requests, invalid = _valid(config.sweep(rest)) if not resume and not searched else ([], [])
+    for line in invalid:
+        _complain(line)
+    if invalid and not (keep_going and requests):
+        hint = "; --keep-going runs the others" if requests else ""
+        raise ConfigError(f"{len(invalid)} of these runs make no experiment{hint}")
+
+    from fedq import optimize, progress, sweep
+
+    console = Console()
+    progress.log_to(console)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager, a closed terminal
+        signal.signal(number, signal.default_int_handler)
+    try:
+        if searched:
+            with progress.cells(console, searched.trials) as display:
+                ended = optimize.search(base, searched, display, jobs=jobs)
+        else:
+            cells = sweep.planned(base, rest) if resume else sweep.plan(base, requests)
+            with progress.cells(console, len(cells)) as display:
+                ended = sweep.run(base, cells, display, jobs=jobs)
+    except KeyboardInterrupt:
+        how = (
+            f"the same command and run_dir={base}"
+            if searched
+            else f"fedq simulate -m resume={base}"
+        )
+        _complain(f"interrupted; continue with {how}")
+        return INTERRUPTED
+    failed = [end for end in ended if end.error is not None]
+    for end in failed:
+        _complain(f"{end.cell.path}: {end.error}")
+    if len(failed) < len(ended):
+        console.print(report([base]))
+    console.print(f"results in {base}", soft_wrap=True, highlight=False)
+    return FAILURE if failed or invalid else 0
+
+
+def _valid(requests: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+    """Return the runs that can be configured, and what is wrong with the others."""
+    from fedq import config
+
+    valid: list[list[str]] = []
+    wrong: dict[str, None] = {}
+    for request in requests:
         try:
-            if _simulate_one([*cell, f"run_dir={base}/{number}"]) == INTERRUPTED:
-                return INTERRUPTED
-        except FedqError as error:
-            _complain(str(error))
-            status = FAILURE
-    Console().print(report([base]))
-    return status
+            config.load(request)
+            valid.append(request)
+        except ConfigError as error:
+            wrong[f"{' '.join(request)}: {error}"] = None
+    return valid, list(wrong)
 
 
 def _simulate_one(overrides: list[str]) -> int:

@@ -6,12 +6,14 @@ every name, type and range, so that YAML, command line, wire and tests share one
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -30,8 +32,12 @@ from fedq import registry
 from fedq.errors import ConfigError, unknown
 from fedq.experiment import CHOICES, Experiment, field_types
 
-#: Options that a resumed run may change: they do not alter what was already computed.
 _PLAIN = re.compile(r"[\w./,:+@-]*", re.ASCII)  # commas: several values of a sweep
+#: Choices of ``conf/`` that set any number of options, in the order in which they apply.
+BUNDLES = ("task", "method", "experiment")
+#: Hydra's own options that mean something here.
+_SWEEPER = "hydra.sweeper", "hydra/sweeper"
+#: Options that a resumed run may change: they do not alter what was already computed.
 RESUMABLE = {
     "rounds",
     "engine",
@@ -66,6 +72,7 @@ def _store_registered() -> None:
         for name in registry.available(group):
             if name not in presets:
                 store.store(group=option, name=name, node={"name": name})
+    store.store(group="hydra/sweeper", name="optuna", node={"params": {}, "n_trials": 20})
 
 
 def load_plugins(paths: Iterable[str]) -> None:
@@ -86,6 +93,7 @@ def load_plugins(paths: Iterable[str]) -> None:
             del sys.modules[name]
             raise ConfigError(f"plug-in {path} fails: {type(error).__name__}: {error}") from error
         _store_registered.cache_clear()
+        _compose.cache_clear()
 
 
 def _quoted(text: str) -> str:
@@ -108,8 +116,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         if override.is_delete() or override.is_add() or override.package is not None:
             raise ConfigError(f"cannot use '{text}'; write option=value without + or ~")
         root = override.key_or_group.split(".")[0]
-        known = {*field_types(), "experiment"}
-        if root not in known:
+        known = {*field_types(), *BUNDLES}
+        if root not in known and not override.key_or_group.startswith(_SWEEPER):
             raise unknown("option", override.key_or_group, known)
         parsed.append(override)
     return parsed
@@ -121,26 +129,54 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}' gives several values; add -m to sweep")
+    groups = _groups(parsed)
+    config = copy.deepcopy(_compose(*_lines(groups))[0])
+    for override in parsed:
+        if override not in groups:
+            _assign(config, _path(config, override.key_or_group), override.value())
+    return config
+
+
+def _groups(parsed: Iterable[Override]) -> list[Override]:
+    """Return what Hydra composes; all else is assigned to what it has composed."""
+    groups, parsed = [], list(parsed)
+    for override in parsed:
         if override.key_or_group == "plugins":
             load_plugins(registry.convert(override.value(), tuple[str, ...], "plugins"))
-    groups = [o for o in parsed if o.key_or_group in CHOICES or o.key_or_group == "experiment"]
-    for override in groups:
-        valid = choices(override.key_or_group)
-        if override.value() not in valid:
-            raise unknown(override.key_or_group, override.value(), valid)
+    for override in parsed:
+        key = override.key_or_group
+        if key in CHOICES or key in BUNDLES:
+            if override.value() not in choices(key):
+                raise unknown(key, override.value(), choices(key))
+            groups.append(override)
+        elif key.startswith(_SWEEPER):
+            groups.append(override)
+    return groups
+
+
+def _lines(overrides: Iterable[Override]) -> list[str]:
+    return [str(override.input_line) for override in overrides]
+
+
+@cache
+def _compose(*lines: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration that Hydra composes of group choices, and ``hydra.sweeper``."""
     _store_registered()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", [str(o.input_line) for o in groups])
+            composed = compose("config", list(lines), return_hydra_config=True)
+        sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=False)
+        with open_dict(composed):
+            del composed["hydra"]
         config = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration does not compose: {_one_line(error)}") from error
     assert isinstance(config, dict)
-    for override in parsed:
-        if override not in groups:
-            _assign(config, _path(config, override.key_or_group), override.value())
-    return {str(key): value for key, value in config.items()}
+    assert isinstance(sweeper, dict)
+    return {str(key): value for key, value in config.items()}, {
+        str(key): value for key, value in sweeper.items()
+    }
 
 
 def _path(config: Mapping[Any, Any], key: str) -> list[str]:
@@ -244,17 +280,30 @@ def option(overrides: Sequence[str], name: str) -> Any:
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Expand Hydra's sweep syntax into one list of overrides per run.
 
+    What ``hydra.sweeper.params`` of a chosen experiment, task or method sweeps comes first; an
+    option that is given here replaces the one of the same name there.
+
+    Raises:
+      ConfigError: On what has no end, such as ``interval()``: that is for ``hydra/sweeper=optuna``.
+
     >>> sweep(["seed=0,1", "rounds=3"])
     [['seed=0', 'rounds=3'], ['seed=1', 'rounds=3']]
     """
+    return [
+        [line for line in cell if not line.startswith(_SWEEPER)]
+        for given in _grid(_parse(overrides))
+        for cell in _grid(_parse([*_studied(given), *given]))
+    ]
+
+
+def _grid(parsed: Sequence[Override]) -> list[list[str]]:
     axes: list[list[str]] = []
-    for override in _parse(overrides):
-        line = str(override.input_line)
+    for override in parsed:
+        key = override.get_key_element()
         if override.is_sweep_override():
-            key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            axes.append([f"{key}={value}" for value in values(override)])
         else:
-            axes.append([line])
+            axes.append(_lines([override]))
     return [list(cell) for cell in itertools.product(*axes)]
 
 
@@ -283,3 +332,82 @@ def suite(name: str) -> tuple[str, list[Any]]:
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"the suite {path} must be a list of evaluations, such as '- evasion'")
     return path.stem, [registry.from_config("evaluation", item) for item in listed]
+
+
+def values(override: Override) -> list[str]:
+    """Return the values that an override sweeps, as text."""
+    if override.is_interval_sweep():
+        raise ConfigError(
+            f"'{override.input_line}' has no end of values; add hydra/sweeper=optuna to search it, "
+            "or list some"
+        )
+    value: object = override._value
+    if isinstance(value, Glob):
+        found = value.filter(choices(override.key_or_group))
+        if not found:
+            raise ConfigError(f"'{override.input_line}' matches nothing")
+        return found
+    return list(override.sweep_string_iterator())
+
+
+def _studied(overrides: Sequence[str]) -> list[str]:
+    """Return what ``hydra.sweeper.params`` sweeps beside these overrides."""
+    parsed = _parse(overrides)
+    given = {override.key_or_group for override in parsed}
+    params = _sweeper(parsed).get("params") or {}
+    return [f"{key}={_as_text(value)}" for key, value in params.items() if key not in given]
+
+
+def _as_text(value: Any) -> str:
+    """Return a swept value as Hydra's grammar writes it; YAML may have made it a number."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def _sweeper(parsed: Sequence[Override]) -> dict[str, Any]:
+    """Return ``hydra.sweeper`` as the choices that are not swept compose it."""
+    return _compose(*_lines(_groups(o for o in parsed if not o.is_sweep_override())))[1]
+
+
+def is_study(overrides: Sequence[str]) -> bool:
+    """Whether the choices name a study: what ``-m`` would make several runs of."""
+    return bool(_sweeper(_parse(overrides)).get("params"))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search with Optuna in place of a grid.
+
+    Attributes:
+      fixed: Overrides that all trials have in common.
+      space: Overrides that say where to search, in Hydra's grammar.
+      trials: How many to run.
+      seed: Of the sampler; it is the experiment's.
+    """
+
+    fixed: tuple[str, ...]
+    space: tuple[Override, ...]
+    trials: int
+    seed: int
+
+
+def search(overrides: Sequence[str]) -> Search | None:
+    """Return the search that ``hydra/sweeper=optuna`` asks for, None for a grid."""
+    parsed = _parse(overrides)
+    sweeper = _sweeper(parsed)
+    if "n_trials" not in sweeper:
+        return None
+    trials = sweeper["n_trials"]
+    if not isinstance(trials, int) or trials < 1:
+        raise ConfigError(f"hydra.sweeper.n_trials must be at least 1, not {trials}")
+    every = _parse([*_studied(overrides), *overrides])
+    space = tuple(o for o in every if o.is_sweep_override())
+    if not space:
+        raise ConfigError("hydra/sweeper=optuna has nothing to search; sweep an option")
+    fixed = [o for o in every if not o.is_sweep_override()]
+    seeds = [o.value() for o in fixed if o.key_or_group == "seed"]
+    lines = tuple(line for line in _lines(fixed) if not line.startswith(_SWEEPER))
+    return Search(lines, space, trials, int([0, *seeds][-1]))  # type: ignore[arg-type]

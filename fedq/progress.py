@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -19,6 +19,7 @@ from fedq.metrics import ACCURACY, metric_of
 if TYPE_CHECKING:  # the server brings torch
     from fedq.experiment import Experiment
     from fedq.server import Observer
+    from fedq.sweep import Cell, Display, Ended
 
 LOG = logging.getLogger("fedq")
 
@@ -72,7 +73,8 @@ class _Totals:
         return f"{score}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
 
 
-def _warn(record: Mapping[str, Any]) -> None:
+def warn_of_losses(record: Mapping[str, Any]) -> None:
+    """Warn of updates that a round lost."""
     lost = {kind: count for kind, count in record["rejected"].items() if count}
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
@@ -105,7 +107,7 @@ def watch(console: Console) -> Any:
                 if record.get("resumed"):  # from before this process: told already, took no time
                     progress.update(bar, first=record["round"])
                 else:
-                    _warn(record)
+                    warn_of_losses(record)
                 progress.update(bar, completed=record["round"], text=totals.text())
 
             yield observe
@@ -121,7 +123,7 @@ def watch(console: Console) -> Any:
             if record.get("resumed"):
                 first = done
                 return
-            _warn(record)
+            warn_of_losses(record)
             left = (time.monotonic() - start) / max(done - first, 1) * (experiment.rounds - done)
             console.print(
                 f"{experiment.name}  round {done}/{experiment.rounds}  {totals.text()}"
@@ -158,6 +160,98 @@ def steps(console: Console) -> Iterator[Callable[[int, int, str], None]]:
             progress.update(bar, completed=done, total=total, description=what)
 
         yield show
+
+
+@contextmanager
+def cells(console: Console, total: int) -> Iterator[Display]:
+    """Show a sweep of ``total`` cells until the end of the context: all that run, or who ends."""
+    if not console.is_terminal:
+        yield _PlainCells(console, total)
+        return
+    # No thread refreshes it: cells are forked from this process.
+    with Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[text]}"),
+        _TimeLeft(),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    ) as progress:
+        yield _LiveCells(console, total, progress)
+
+
+class _PlainCells:
+    """A line for every cell that ends."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+
+    def started(self, cell: Cell) -> None:
+        """Say nothing: it ends soon enough."""
+
+    def record(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Say nothing."""
+
+    def tick(self) -> None:
+        """Say nothing."""
+
+    def ended(self, end: Ended) -> None:
+        """Say how."""
+        self.done += 1
+        if end.summary is None:
+            said = f"failed: {end.error}"
+        else:
+            sent = end.summary["uplink_bytes"] + end.summary["downlink_bytes"]
+            said = (
+                f"accuracy {100 * end.summary['accuracy']:.1f} %, {megabytes(sent)}, "
+                f"{end.summary['seconds']:.0f} s"
+            )
+        label = end.cell.label or end.cell.experiment.name
+        self.console.print(
+            f"[{self.done}/{self.total}] {label}: {said}",
+            soft_wrap=True, markup=False, highlight=False,
+        )  # fmt: skip
+
+
+class _LiveCells(_PlainCells):
+    """The same lines above a bar for the sweep and one for every cell that runs."""
+
+    def __init__(self, console: Console, total: int, progress: Progress) -> None:
+        super().__init__(console, total)
+        self.progress = progress
+        self.bars: dict[Cell, tuple[TaskID, _Totals]] = {}
+        self.whole = progress.add_task("all cells", total=total, text="")
+
+    def started(self, cell: Cell) -> None:
+        """Add its bar."""
+        label = cell.label or cell.experiment.name
+        rounds = cell.experiment.rounds
+        self.bars[cell] = self.progress.add_task(label, total=rounds, text="starting"), _Totals()
+
+    def record(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Move its bar."""
+        bar, totals = self.bars[cell]
+        totals.add(record)
+        first = {"first": record["round"]} if record.get("resumed") else {}
+        self.progress.update(bar, completed=record["round"], text=totals.text(), **first)
+
+    def tick(self) -> None:
+        """Draw."""
+        self.progress.refresh()
+
+    def ended(self, end: Ended) -> None:
+        """Remove its bar and say how."""
+        super().ended(end)
+        if end.cell in self.bars:
+            self.progress.remove_task(self.bars.pop(end.cell)[0])
+        self.progress.update(self.whole, completed=self.done)
+
+
+def log_to_file(file: TextIO) -> None:
+    """Send fedq's warnings to a file, one a line."""
+    log_to(Console(file=file, width=1000))
 
 
 def log_to(console: Console) -> None:

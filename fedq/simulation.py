@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import config, registry, server
+from fedq import config, manifest, registry, server
 from fedq.attacks.base import Accomplice
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
@@ -122,10 +122,16 @@ def make_site(
 def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
     """Return the locked directory of an experiment's run, new or continued."""
     settings = experiment.replace(run_dir=str(path)).to_config()
-    if not resume:
-        return RunDirectory.create(path, settings)
-    directory = RunDirectory.open(path)
-    directory.go_on(settings)
+    if resume:
+        directory = RunDirectory.open(path)
+        directory.go_on(settings)
+    else:
+        directory = RunDirectory.create(path, settings)
+    try:
+        manifest.begin(path, settings, BASELINE if experiment.baseline else None)
+    except BaseException:
+        directory.close()
+        raise
     return directory
 
 
@@ -180,6 +186,15 @@ def run_experiment(
     return Outcome(path, summary)
 
 
+def finished(experiment: Experiment, path: Path) -> Outcome | None:
+    """Return what an earlier run of the experiment left, None unless it came to its end."""
+    summary = read_summary(path)
+    if summary is None:
+        return None
+    ended = summary.get("rounds", 0) >= experiment.rounds or "stopped" in summary
+    return Outcome(path, summary) if ended else None
+
+
 def simulate(
     experiment: Experiment,
     baseline: Experiment | None = None,
@@ -201,9 +216,6 @@ def simulate(
         if which is None:
             continue
         begun = resume and holds_run(where)
-        summary = read_summary(where) if begun else None
-        if summary is not None and summary.get("rounds", 0) >= which.rounds:
-            outcomes.append(Outcome(where, summary))
-        else:
-            outcomes.append(run_experiment(which, where, resume=begun, watch=watch))
+        outcome = finished(which, where) if begun else None
+        outcomes.append(outcome or run_experiment(which, where, resume=begun, watch=watch))
     return outcomes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,48 @@ def test_sweeps_expand() -> None:
     assert config.sweep(["seed=range(0,3)", "codec=sign,ternary"]) == [
         [f"seed={seed}", f"codec={codec}"] for seed in range(3) for codec in ("sign", "ternary")
     ]
+
+
+def test_sweeps_expand_what_a_study_sweeps(study: str) -> None:
+    cells = config.sweep([f"experiment={study}", "seed=5"])
+    assert cells == [
+        ["codec.bits=2", f"experiment={study}", "seed=5"],
+        ["codec.bits=3", f"experiment={study}", "seed=5"],
+    ]
+    assert [config.load(cell).codec.bits for cell in cells] == [2, 3]
+    given = config.sweep([f"experiment={study}", "codec.bits=7"])
+    assert [config.load(cell).codec.bits for cell in given] == [7, 7]  # the study's two seeds
+    assert config.is_study([f"experiment={study}"])
+    assert not config.is_study(["experiment=int4"])
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """An experiment that sweeps two options."""
+    shutil.copytree(config.conf_directory(), tmp_path / "conf")
+    (tmp_path / "conf" / "experiment" / "study.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /codec: uniform\n"
+        "hydra:\n  sweeper:\n    params:\n      codec.bits: range(2,4)\n      seed: [0, 1]\n"
+    )
+    monkeypatch.setattr(config, "conf_directory", lambda: tmp_path / "conf")
+    config._compose.cache_clear()
+    yield "study"
+    config._compose.cache_clear()
+
+
+def test_sweeps_match_names() -> None:
+    assert config.sweep(["experiment=glob(fed*,exclude=*m)"]) == [
+        ["experiment=fedprox"],
+        ["experiment=fedyogi"],
+    ]
+    with pytest.raises(ConfigError, match="matches nothing"):
+        config.sweep(["experiment=glob(nothing*)"])
+
+
+def test_an_interval_is_for_a_search() -> None:
+    with pytest.raises(ConfigError, match="hydra/sweeper=optuna"):
+        config.sweep(["learning_rate=interval(0.1,1)"])
+    found = config.search(["hydra/sweeper=optuna", "learning_rate=interval(0.1,1)", "seed=3"])
+    assert found is not None
+    assert (found.fixed, found.trials, found.seed) == (("seed=3",), 20, 3)
+    assert config.search(["learning_rate=0.1,0.2"]) is None

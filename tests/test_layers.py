@@ -18,7 +18,10 @@ LAYERS: dict[str, tuple[str, str]] = {
         "sealing metrics",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
-    "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
+    "files": (
+        "results manifest",
+        "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba",
+    ),
     "report": (
         "report codec_report doctor cli",
         "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend",
@@ -34,7 +37,10 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
-    "programs": ("simulation node fleet allocate robustness evaluate", "ray matplotlib"),
+    "programs": (
+        "simulation sweep optimize node fleet allocate robustness evaluate",
+        "ray matplotlib",
+    ),
 }
 
 _IMPORT = """

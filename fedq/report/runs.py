@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedq import registry, results
-from fedq.errors import ConfigError
+from fedq import manifest, registry, results
+from fedq.errors import ConfigError, FedqError
 from fedq.metrics import ACCURACY, Metric, metric_of
 
 BASELINE = "baseline"
@@ -27,12 +27,20 @@ class Run:
       config: ``config.yaml``.
       rounds: ``rounds.jsonl``, in order; round 0 is the evaluation before training.
       summary: ``summary.json``, empty if the run has not ended.
+      manifest: ``manifest.json``, empty if there is none.
     """
 
     path: Path
     config: Mapping[str, Any]
     rounds: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def compared_with(self) -> frozenset[Path]:
+        """Where its float run may be: itself, below it, and where its manifest says."""
+        places = [Path(), Path(BASELINE), Path(self.manifest.get("baseline") or BASELINE)]
+        return frozenset((self.path / place).resolve() for place in places)
 
     @property
     def finished(self) -> bool:
@@ -201,7 +209,24 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     rounds, summary = results.read_rounds(path), results.read_summary(path)
     if not rounds and not summary:
         raise ConfigError(f"{path} has no results yet: wait until its first round has ended")
-    return Run(path, config, tuple(rounds), summary or {})
+    try:
+        origin = manifest.read(path)
+    except FedqError:  # results count without it
+        origin = None
+    return Run(path, config, tuple(rounds), summary or {}, origin or {})
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found below some paths.
+
+    Attributes:
+      runs: Runs with results, each followed by its own float baseline.
+      left_out: Directories of which nothing can be shown, with the reason.
+    """
+
+    runs: Sequence[Run]
+    left_out: Mapping[Path, str]
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -209,28 +234,58 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
     Raises:
       ConfigError: If a path holds no run.
-      FedqError: If files are damaged.
+      FedqError: If the files of a run that was named are damaged.
+    """
+    return list(survey(paths).runs)
+
+
+def survey(paths: Iterable[str | os.PathLike[str]]) -> Findings:
+    """Read runs as :func:`find_runs` does, and say which runs of a sweep cannot be read.
+
+    Raises:
+      ConfigError: If a path holds no run.
+      FedqError: If the files of a run that was named are damaged.
     """
     found: dict[Path, Run] = {}
+    left_out: dict[Path, str] = {}
     for path in map(Path, paths):
-        inside = [path]
-        if path.is_dir() and not (path / results.CONFIG).exists():
-            inside = sorted(
-                (child for child in path.iterdir() if (child / results.CONFIG).exists()),
-                key=lambda child: (len(child.name), child.name),  # a sweep counts 0, 1, ..., 10
-            ) or [path]
+        inside = _with_baseline(path) if results.holds_config(path) else list(_below(path))
+        if not inside:
+            found[path.resolve()] = load_run(path)  # says what is wrong with it
         for directory in inside:
-            found.setdefault(directory.resolve(), load_run(directory))
-            baseline = directory / BASELINE
-            if any((baseline / name).exists() for name in (results.ROUNDS, results.SUMMARY)):
-                found.setdefault(baseline.resolve(), load_run(baseline))
-    return list(found.values())
+            try:
+                found.setdefault(directory.resolve(), load_run(directory))
+            except FedqError as error:
+                if directory == path:
+                    raise
+                left_out[directory] = str(error)
+    if not found:
+        path, reason = next(iter(left_out.items()))
+        raise FedqError(f"no run can be shown: {reason} ({path})")
+    return Findings(list(found.values()), left_out)
+
+
+def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Yield the runs in a folder of runs or sweeps, those with numbers in their order."""
+    if not folder.is_dir():
+        return
+    for child in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):
+        if results.holds_config(child):
+            yield from _with_baseline(child)
+        elif depth > 1 and child.is_dir() and not child.is_symlink():
+            yield from _below(child, depth - 1)
+
+
+def _with_baseline(path: Path) -> list[Path]:
+    baseline = path / BASELINE
+    known = any((baseline / name).exists() for name in (results.ROUNDS, results.SUMMARY))
+    return [path, baseline] if known else [path]
 
 
 def reference_for(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the float run that ``run`` is compared with: its own baseline, or the first."""
     floats = [other for other in runs if other.is_float or other.path.name == BASELINE]
-    own = [other for other in floats if other.path in (run.path, run.path / BASELINE)]
+    own = [other for other in floats if other.path.resolve() in run.compared_with]
     return next(iter(own + floats), None)
 
 
