@@ -28,6 +28,8 @@ CHOICES: dict[str, str] = {
     "attack": "attack",
     "privacy": "privacy",
     "secure_aggregation": "secure_aggregation",
+    "fleet": "fleet",
+    "pacing": "pacing",
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
@@ -113,6 +115,8 @@ class Experiment:
     attack: Any = field()
     privacy: Any = field()
     secure_aggregation: Any = field()
+    fleet: Any = field()
+    pacing: Any = field()
     engine: Any = field()
 
     def __post_init__(self) -> None:
@@ -175,6 +179,7 @@ class Experiment:
                 "sealed, masked or integer updates",
             )
         self.privacy.check(self)
+        self._check_fleet()
         _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),
@@ -188,6 +193,25 @@ class Experiment:
             sums = self.secure_aggregation.integers and self.secure_aggregation.groups(cohort, 0)
             self.aggregator.check(len(sums) if sums else cohort)
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
+
+    def _check_fleet(self) -> None:
+        """Refuse what needs a clock without one, and what does not go with a fleet."""
+        _check(
+            self.fleet.timed or not self.pacing.timed,
+            f"pacing={self.pacing.name} counts simulated time: choose a fleet, such as "
+            "fleet=pi_shelf",
+            f"fleet={self.fleet.name}",
+        )
+        _check(
+            self.fleet.availability.slot_s is None or self.privacy.unit is None,
+            "privacy accounts for cohorts that it knows ahead; fleet.availability must be always",
+            self.fleet.availability.name,
+        )
+        _check(
+            not (self.secure_aggregation.integers and self.pacing.timed),
+            "secure_aggregation needs pacing=synchronous without deadline and over-selection",
+            self.pacing.name,
+        )
 
     def _check_sums(self) -> None:
         """Refuse what does not go with sums of integers."""

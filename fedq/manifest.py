@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedq.errors import FedqError
-from fedq.results import replace_text, versions
+from fedq.results import versions, write_file
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -75,7 +75,7 @@ def write(
         "config": dict(config),
         "sessions": list(sessions),
     }
-    replace_text(path / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_file(path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def begin(path: Path, config: Mapping[str, Any], baseline: str | None = None) -> None:

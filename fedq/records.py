@@ -22,6 +22,17 @@ STYPE = "fedq.blob"
 ARRAY_FROM_BYTES = 1 << 16
 #: Flower's code for a reply whose records could not be built: not one of Flower's own.
 UNREADABLE = 1001
+#: Codes for replies that a simulated fleet lost: after the deadline, beyond the number that was
+#: asked for, and of devices that died or went away.
+LATE, SURPLUS, DROPOUT, AWAY = range(1002, 1006)
+#: What errors in the place of a reply count as; all others are errors.
+KINDS = {
+    UNREADABLE: "malformed",
+    LATE: "late",
+    SURPLUS: "surplus",
+    DROPOUT: "dropout",
+    AWAY: "away",
+}
 
 
 def pack(blob: bytes) -> RecordDict:

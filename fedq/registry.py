@@ -26,13 +26,18 @@ GROUPS: dict[str, str] = {
     "activation_quantizer": "fedq.quantization.activations",
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
+    "availability": "fedq.physics.availability",
     "codec": "fedq.codecs",
     "data": "fedq.data",
+    "device": "fedq.physics.devices",
     "engine": "fedq.engines",
     "evaluation": "fedq.robustness",
     "exporter": "fedq.export",
+    "fleet": "fedq.physics.fleets",
     "guard": "fedq.guard",
+    "link": "fedq.physics.links",
     "model": "fedq.models",
+    "pacing": "fedq.pacing",
     "partition": "fedq.data.partitions",
     "privacy": "fedq.privacy",
     "quantization": "fedq.quantization",
@@ -149,10 +154,7 @@ def to_config(obj: Any) -> dict[str, Any]:
     {'name': 'identity'}
     """
     values = {key: getattr(obj, key) for key in fields(type(obj))}
-    return {"name": obj.name} | {
-        key: to_config(value) if is_registered(value) else _plain(value)
-        for key, value in values.items()
-    }
+    return {"name": obj.name} | {key: _plain(value) for key, value in values.items()}
 
 
 def describe(choice: Any, group: str | None = None) -> str:
@@ -175,6 +177,8 @@ def describe(choice: Any, group: str | None = None) -> str:
         choice, group = to_config(choice), choice.group
     if isinstance(choice, bool):
         return str(choice).lower()
+    if isinstance(choice, list | tuple):
+        return f"[{', '.join(describe(item, group) for item in choice)}]"
     if not isinstance(choice, Mapping):
         return "" if choice is None else str(choice)
     name = str(choice.get("name", ""))
@@ -186,10 +190,17 @@ def describe(choice: Any, group: str | None = None) -> str:
         if key == "name" or value is None:
             continue
         field = known.get(key)
-        text = describe(value, getattr(field.type, "group", None) if field else None)
+        text = describe(value, _group_of(field.type) if field else None)
         if field is None or field.required or text != describe(_plain(field.default)):
             options.append(f"{key}={text}")
     return f"{name}({', '.join(options)})" if options else name
+
+
+def _group_of(hint: Any) -> str | None:
+    """Return the group of a registered type, or of the items of a list of such."""
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return getattr(hint, "group", None)
 
 
 def is_registered(obj: object) -> bool:
@@ -226,7 +237,9 @@ def fields(cls: type) -> dict[str, Field]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_config(value) if is_registered(value) else value
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

@@ -537,15 +537,6 @@ def write_file(path: Path, data: bytes) -> None:
     _replace(path, write)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole file, so that a reader sees the old or the new one, never a part.
-
-    Raises:
-      FedqError: If it cannot be written.
-    """
-    _write(path, text.encode())
-
-
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file, and put it in the place of ``path`` when it is safe."""
     temporary = path.with_name(f".{path.name}.tmp")

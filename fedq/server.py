@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from fedq.guard import GuardState
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.metrics import metric_of
+from fedq.models.cost import training_macs
+from fedq.physics.clock import Clock
 from fedq.privacy.base import PrivacyState
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
@@ -43,6 +46,8 @@ Observer = Callable[[Mapping[str, Any]], None]
 #: That decode unless more are asked for: each holds an update, and what it is decoded from.
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
+#: Keys of a round's record that it has only where there is something to say.
+OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
 
 
 def run(
@@ -51,6 +56,7 @@ def run(
     dataset: Dataset,
     directory: RunDirectory,
     *,
+    examples: Sequence[int] | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -63,9 +69,10 @@ def run(
       experiment: What to run.
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
+      examples: Of simulated clients, by place; without them there is no simulated fleet.
       observer: Sees each round's record.
     """
-    server = _Server(grid, experiment, dataset, directory, observer)
+    server = _Server(grid, experiment, dataset, directory, examples, observer)
     state = server.resumed() if directory.has_checkpoint() else server.started()
     while state.round < experiment.rounds and not server.exhausted(state):
         state = server.next_round(state)
@@ -93,6 +100,7 @@ class _Server:
         experiment: Experiment,
         dataset: Dataset,
         directory: RunDirectory,
+        examples: Sequence[int] | None,
         observer: Observer | None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
@@ -157,7 +165,20 @@ class _Server:
             secure=_secure(experiment),
             threads=experiment.decode_threads or min(usable_cores(), MOST_THREADS),
             privacy=experiment.privacy,
+            clock=self._clock(examples),
+            pacing=experiment.pacing,
         )
+
+    def _clock(self, examples: Sequence[int] | None) -> Clock | None:
+        """Return the clock of the experiment's fleet, None without a fleet."""
+        fleet = self.experiment.fleet
+        if not fleet.timed:
+            return None
+        if examples is None:
+            raise ConfigError(f"fleet={fleet.name} is simulated; devices take fleet=none")
+        macs = training_macs(self.trainer.model, self.dataset.input_shape)
+        epochs = self.experiment.local_epochs
+        return Clock(fleet, self.experiment.seed, [macs * epochs * count for count in examples])
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -194,7 +215,7 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients", "guard"],
+            meta=["layout", "failures", "held", "strangers", "clients", "guard", "now_s"],
         )
         layout, state_layout = self.strategy.layout, self.strategy.states_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -230,6 +251,7 @@ class _Server:
             {int(node): client for node, client in saved.meta["clients"].items()},
             GuardState.from_meta(saved.meta["guard"]),
             PrivacyState.load(saved.tensors, saved.meta.get("privacy")),
+            float(saved.meta["now_s"]),
         )
 
     def exhausted(self, state: ServerState) -> bool:
@@ -274,8 +296,9 @@ class _Server:
         record["seconds"] += judged.get("evaluation_seconds", 0.0)
         if isinstance(self.grid, Adversary):
             record["attackers"] = self.grid.asked if report.round else 0
-        if report.privacy is None:
-            del record["privacy"]
+        record = {
+            key: record[key] for key in record if key not in OPTIONAL or record[key] is not None
+        }
         self.directory.append_round(record)
         tensors: dict[str, NDArray[Any]] = {"weights": state.weights, "state": state.state}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in state.optimizer.items()}
@@ -292,6 +315,7 @@ class _Server:
             "clients": {str(node): client for node, client in state.clients.items()},
             "guard": state.guard.to_meta(),
             "privacy": None,
+            "now_s": state.now_s,
         }
         if state.privacy is not None:
             tensors |= state.privacy.tensors()
@@ -352,30 +376,39 @@ def summarise(
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
     some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
-    return {key: judged[key] for key in some if key in judged} | {
-        "name": experiment.name,
-        "metric": metric.name,
-        metric.name: judged[metric.name],
-        metric.float_name: judged[metric.float_name],
-        f"best_{metric.name}": metric.best(record[metric.name] for record in evaluated),
-        "loss": judged["loss"],
-        "rounds": rounds[-1]["round"],
-        "clients": experiment.clients,
-        "parameters": parameters,
-        "uplink_bytes": total["uplink_bytes"],
-        "downlink_bytes": total["downlink_bytes"],
-        "uplink_bits_per_parameter": bits("uplink_bytes", "received"),
-        "downlink_bits_per_parameter": bits("downlink_bytes", "sampled"),
-        "float32_uplink_bytes": total["float32_uplink_bytes"],
-        "float32_downlink_bytes": total["float32_downlink_bytes"],
-        "updates": total["replies"],
-        "rejected": rejected,
-        "attackers": sum(record.get("attackers", 0) for record in rounds),
-        "seconds": sum(record["seconds"] for record in rounds),
-        "seed": experiment.seed,
-        "codec": registry.describe(experiment.codec),
-        "downlink": registry.describe(experiment.downlink),
-        "aggregator": registry.describe(experiment.aggregator),
-        "attack": registry.describe(experiment.attack),
-        "versions": versions(),
+    physics = {
+        key: math.fsum(record.get(key, 0.0) for record in rounds)
+        for key in ("simulated_seconds", "joules")
+        if experiment.fleet.timed
     }
+    return (
+        {key: judged[key] for key in some if key in judged}
+        | physics
+        | {
+            "name": experiment.name,
+            "metric": metric.name,
+            metric.name: judged[metric.name],
+            metric.float_name: judged[metric.float_name],
+            f"best_{metric.name}": metric.best(record[metric.name] for record in evaluated),
+            "loss": judged["loss"],
+            "rounds": rounds[-1]["round"],
+            "clients": experiment.clients,
+            "parameters": parameters,
+            "uplink_bytes": total["uplink_bytes"],
+            "downlink_bytes": total["downlink_bytes"],
+            "uplink_bits_per_parameter": bits("uplink_bytes", "received"),
+            "downlink_bits_per_parameter": bits("downlink_bytes", "sampled"),
+            "float32_uplink_bytes": total["float32_uplink_bytes"],
+            "float32_downlink_bytes": total["float32_downlink_bytes"],
+            "updates": total["replies"],
+            "rejected": rejected,
+            "attackers": sum(record.get("attackers", 0) for record in rounds),
+            "seconds": sum(record["seconds"] for record in rounds),
+            "seed": experiment.seed,
+            "codec": registry.describe(experiment.codec),
+            "downlink": registry.describe(experiment.downlink),
+            "aggregator": registry.describe(experiment.aggregator),
+            "attack": registry.describe(experiment.attack),
+            "versions": versions(),
+        }
+    )

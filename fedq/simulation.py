@@ -72,8 +72,13 @@ def anchored(experiment: Experiment) -> Experiment:
     data = experiment.data
     if isinstance(getattr(data, "path", None), str):
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+    fleet, trace = experiment.fleet, getattr(experiment.fleet.availability, "path", None)
+    if trace is not None:
+        path = str(Path(trace).expanduser().resolve())
+        there = dataclasses.replace(fleet.availability, path=path)
+        fleet = dataclasses.replace(fleet, availability=there)
     plugins = tuple(str(Path(plugin).expanduser().resolve()) for plugin in experiment.plugins)
-    return experiment.replace(data=data, plugins=plugins)
+    return experiment.replace(data=data, fleet=fleet, plugins=plugins)
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,10 @@ def run_experiment(
     with run_directory(experiment, path, resume) as directory, watch(experiment) as observer:
 
         def serve(grid: Grid) -> dict[str, Any]:
-            return server.run(grid, experiment, dataset, directory, observer=observer)
+            examples = [len(part) for part in filled]
+            return server.run(
+                grid, experiment, dataset, directory, examples=examples, observer=observer
+            )
 
         summary = experiment.engine.run(serve, partial(client_app, site), len(filled))
     return Outcome(path, summary)

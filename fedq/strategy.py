@@ -27,6 +27,7 @@ from fedq.aggregators.mean import Mean
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
+from fedq.engines.timed import TimedGrid
 from fedq.envelope import Opener
 from fedq.errors import ConfigError, DecodeError, FedqError
 from fedq.guard import Guard, GuardState, RejectedError, Watch
@@ -34,6 +35,9 @@ from fedq.layout import Layout, Vector
 from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
+from fedq.pacing.base import Pacing
+from fedq.pacing.synchronous import Synchronous
+from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
@@ -80,6 +84,7 @@ class ServerState:
       clients: By node, the client number that it first claimed.
       guard: What the guard remembers.
       privacy: The clipping bound and what clients have spent, None without a mechanism.
+      now_s: Simulated seconds since the run began.
     """
 
     round: int
@@ -91,11 +96,16 @@ class ServerState:
     clients: Mapping[int, int] = field(default_factory=dict)
     guard: GuardState = field(default_factory=GuardState)
     privacy: PrivacyState | None = None
+    now_s: float = 0.0
 
 
 @dataclass
 class RoundReport:
-    """What one round did. All sizes are lengths of bytes that crossed the grid."""
+    """What one round did. All sizes are lengths of bytes that crossed the grid.
+
+    Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
+    ``joules`` what all its devices used, by what for.
+    """
 
     round: int
     sampled: int = 0
@@ -112,6 +122,9 @@ class RoundReport:
     seconds: float = 0.0
     skipped: bool = False
     privacy: dict[str, Any] | None = None
+    simulated_seconds: float | None = None
+    joules: float | None = None
+    joules_by_use: dict[str, float] | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -186,6 +199,8 @@ class FedQ(Strategy):
       privacy: What protects the updates; a mechanism with a guarantee weighs them all alike.
       sealing: Signs requests and opens sealed replies; None asks for no seals.
       secure: How clients send sums of integers in place of payloads; None is a trusted server.
+      clock: Of a simulated fleet; None lets replies count as they come.
+      pacing: When rounds close, by the clock.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -220,6 +235,8 @@ class FedQ(Strategy):
         privacy: Privacy | None = None,
         sealing: Sealing | None = None,
         secure: Sums | None = None,
+        clock: Clock | None = None,
+        pacing: Pacing | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -242,6 +259,7 @@ class FedQ(Strategy):
         self.guard = guard or Guard()
         self.trusted = trusted
         self.sealing, self.secure = sealing, secure
+        self.clock, self.pacing = clock, pacing or Synchronous()
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], list[int]] | None = None
         self._round: _Round | None = None
@@ -264,6 +282,8 @@ class FedQ(Strategy):
           FedqError: If several rounds in a row found no quorum, or the model diverged.
         """
         current = self._begin(grid, before)
+        if self.clock is not None:
+            grid = current.timing = self._timed(grid, current)
         if self.secure is not None:
             return self.secure.collect(self, grid, current), current.report
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
@@ -273,7 +293,8 @@ class FedQ(Strategy):
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
-        nodes = self.sample(grid, report.round, watch.barred)
+        opened_s, away = self._opening(grid, before)
+        nodes = self.sample(grid, report.round, watch.barred, away)
         report.sampled, report.quarantined = len(nodes), len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
@@ -286,26 +307,9 @@ class FedQ(Strategy):
         if self.sealing is not None:
             request = self.sealing.announced(request, len(nodes), context.model, before.state)
             openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
-        blobs: dict[int | None, bytes] = {None: self._blob(request, before, whole)}
-        contents: dict[int | None, RecordDict] = {None: records.pack(blobs[None])}
-        messages = []
-        for node in nodes:
-            base = self.downlink.base(node, before.broadcasts)
-            if base is not None and base not in blobs:
-                changes = self.downlink.changes(weights, seed, before.broadcasts, base)
-                blobs[base] = min(self._blob(request, before, changes, base), blobs[None], key=len)
-                contents[base] = records.pack(blobs[base])
-            if self.uplink_context and base is not None and blobs[base] is not blobs[None]:
-                context.offered[node] = base
-            report.downlink_bytes += len(blobs[base])
-            messages.append(
-                Message(contents[base], node, MessageType.TRAIN, group_id=str(report.round))
-            )
-        report.float32_downlink_bytes = len(self._blob(request, before, self._float32)) * len(nodes)
-        return _Round(
+        current = _Round(
             before=before,
             report=report,
-            messages=messages,
             waiting={node: slot for slot, node in enumerate(nodes)},
             held=dict(before.broadcasts.held),
             strangers=set(before.broadcasts.strangers),
@@ -317,7 +321,55 @@ class FedQ(Strategy):
             about=about,
             request=request,
             openers=openers,
+            opened_s=opened_s,
             start=start,
+        )
+        current.messages = [self._ask(node, current, weights) for node in nodes]
+        report.float32_downlink_bytes = len(self._blob(current, self._float32)) * len(nodes)
+        return current
+
+    def _ask(self, node: int, current: _Round, weights: Vector) -> Message:
+        """Return a node's request: the model whole, or as changes if those are shorter."""
+        before, number, contents = current.before, current.report.round, current.contents
+        if None not in contents:
+            contents[None] = records.pack(self._blob(current, current.whole))
+        base = self.downlink.base(node, before.broadcasts)
+        if base is not None and base not in contents:
+            seed = derive(self.seed, number, "downlink")
+            changes = self.downlink.changes(weights, seed, before.broadcasts, base)
+            blob, whole = self._blob(current, changes, base), records.unpack(contents[None])
+            contents[base] = records.pack(blob) if len(blob) < len(whole) else contents[None]
+        content = contents[base]
+        if self.uplink_context and base is not None and content is not contents[None]:
+            current.context.offered[node] = base
+        current.report.downlink_bytes += len(records.unpack(content))
+        return Message(content, node, MessageType.TRAIN, group_id=str(number))
+
+    def _opening(self, grid: Grid, before: ServerState) -> tuple[float, frozenset[int]]:
+        """Return when a round begins, and whom it cannot ask: it waits until somebody is there."""
+        if self.clock is None or self.clock.always:
+            return before.now_s, frozenset()
+        nodes, there = self._ordered(grid), self.clock.available
+
+        def anybody(now_s: float) -> bool:
+            return any(there(place, now_s) for place in range(len(nodes)))
+
+        opened_s = self.clock.opens(before.now_s, anybody)
+        return opened_s, frozenset(n for p, n in enumerate(nodes) if not there(p, opened_s))
+
+    def _timed(self, grid: Grid, current: _Round) -> TimedGrid:
+        assert self.clock is not None
+        places = {node: place for place, node in enumerate(self._ordered(grid))}
+        pacing, asked = self.pacing, len(current.messages)
+        assert isinstance(pacing, Synchronous)
+        return TimedGrid(
+            grid,
+            self.clock,
+            places,
+            current.report.round,
+            current.opened_s,
+            deadline_s=pacing.deadline_s,
+            first=min(self._cohort(len(places)), asked) if pacing.over_selection > 1 else None,
         )
 
     def _about(self, server_round: int, sampled: int) -> Round:
@@ -333,13 +385,35 @@ class FedQ(Strategy):
         return max(1, int(np.ceil(self.quorum * sampled)))
 
     def sample(
-        self, grid: Grid, server_round: int, barred: Collection[int] = frozenset()
+        self,
+        grid: Grid,
+        server_round: int,
+        barred: Collection[int] = frozenset(),
+        away: Collection[int] = frozenset(),
     ) -> list[int]:
         """Return the nodes of a round's cohort: seeded, without replacement, none that is barred.
 
         Nodes are ordered by the time they registered, so that a simulated node's place is its
-        partition whatever identifiers the grid gives out.
+        partition whatever identifiers the grid gives out. Nodes that are away cannot be asked, but
+        count where the cohort is a fraction.
         """
+        nodes = self._ordered(grid)
+        if barred:
+            nodes = [node for node in nodes if node not in barred]
+            if not nodes:
+                raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
+        count = self._cohort(len(nodes))
+        if isinstance(self.pacing, Synchronous):
+            count = self.pacing.asked(count, of=len(nodes))
+        if away:
+            nodes = [node for node in nodes if node not in away]
+            count = min(count, len(nodes))
+        rng = generator(derive(self.seed, server_round, "sample"))
+        chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
+        return [nodes[i] for i in sorted(chosen)]
+
+    def _ordered(self, grid: Grid) -> list[int]:
+        """Return the connected nodes in the order in which they registered."""
         ids = grid.get_node_ids()
         if not isinstance(ids, range):
             ids = frozenset(ids)
@@ -347,22 +421,14 @@ class FedQ(Strategy):
             infos = grid.get_nodes()
             ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
             self._nodes = (ids, [node.node_id for node in ordered])
-        nodes = self._nodes[1]
-        if not nodes:
+        if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
-        if barred:
-            nodes = [node for node in nodes if node not in barred]
-            if not nodes:
-                raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
+        return self._nodes[1]
+
+    def _cohort(self, clients: int) -> int:
+        """Return how many of so many clients a round wants."""
         wanted = self.clients_per_round
-        count = (
-            min(wanted, len(nodes))
-            if isinstance(wanted, int)
-            else max(1, round(wanted * len(nodes)))
-        )
-        rng = generator(derive(self.seed, server_round, "sample"))
-        chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
-        return [nodes[i] for i in sorted(chosen)]
+        return min(wanted, clients) if isinstance(wanted, int) else max(1, round(wanted * clients))
 
     def request(self, before: ServerState) -> dict[str, Any]:
         """Return what every client of a round is told beside the model."""
@@ -373,21 +439,15 @@ class FedQ(Strategy):
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(
-        self,
-        request: Mapping[str, Any],
-        before: ServerState,
-        model: bytes,
-        base: int | None = None,
-    ) -> bytes:
-        metadata = dict(request)
+    def _blob(self, current: _Round, model: bytes, base: int | None = None) -> bytes:
+        metadata = dict(current.request)
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
             metadata["base"] = base
             if self.uplink_context:
                 metadata["context"] = True
-        state = Identity().encode(before.state, self.states_layout)
+        state = Identity().encode(current.before.state, self.states_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
@@ -454,6 +514,12 @@ class FedQ(Strategy):
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
         )
+        if current.timing is not None:
+            energy = current.timing.energy
+            after = dataclasses.replace(after, now_s=current.timing.closed_s)
+            report.simulated_seconds = after.now_s - before.now_s
+            report.joules = energy.joules
+            report.joules_by_use = dataclasses.asdict(energy)
         if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
                 report.round,
@@ -562,7 +628,7 @@ class FedQ(Strategy):
         report = current.report
         if reply.has_error():
             current.answer(reply)
-            kind = "malformed" if reply.error.code == records.UNREADABLE else "error"
+            kind = records.KINDS.get(reply.error.code, "error")
             raise RejectedError(kind, str(reply.error.reason))
         try:
             blob = records.unpack(reply.content)
@@ -836,7 +902,6 @@ class _Round:
 
     before: ServerState
     report: RoundReport
-    messages: list[Message]
     waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
     held: dict[int, int]
     strangers: set[int]
@@ -848,7 +913,11 @@ class _Round:
     about: Round
     request: Mapping[str, Any]  #: what every client is told beside the model
     openers: Mapping[int, Opener] | None  #: by node, of sealed replies
+    opened_s: float  #: simulated seconds since the run began
     start: float
+    messages: list[Message] = field(default_factory=list)
+    contents: dict[int | None, RecordDict] = field(default_factory=dict)  #: by base; None: whole
+    timing: TimedGrid | None = None
 
     def answer(self, reply: Message) -> tuple[int, int | None]:
         """Take a node off the waiting list; its place is None if it was not on it."""

@@ -25,6 +25,7 @@ def profile(model: str = "auto", codec: str = "dithered", seed: int = 0) -> dict
       seed: Of images, weights and update.
     """
     from fedq import registry
+    from fedq.models.cost import training_macs
     from fedq.training import trainer_for
     from fedq.training_config import TrainingConfig
 
@@ -33,10 +34,11 @@ def profile(model: str = "auto", codec: str = "dithered", seed: int = 0) -> dict
     import torch
 
     torch.set_num_threads(1)
+    shape = [1, 28, 28]
     trainer = trainer_for(
         registry.to_config(experiment.model),
         registry.to_config(experiment.quantization),
-        [1, 28, 28],
+        shape,
         10,
         seed=seed,
     )
@@ -71,6 +73,7 @@ def profile(model: str = "auto", codec: str = "dithered", seed: int = 0) -> dict
         "batch_size": batch,
         "step_ms": round(1e3 * step, 3),
         "images_s": round(batch / step, 1),
+        "training_macs_s": round(training_macs(trainer.model, shape) * batch / step),
         "encode_mb_s": round(size / float(np.median(encode_s)) / 1e6, 2),
         "decode_mb_s": round(size / float(np.median(decode_s)) / 1e6, 2),
         "payload_bytes": len(payload),

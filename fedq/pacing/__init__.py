@@ -1,0 +1,5 @@
+"""When a round closes and who is asked meanwhile: one file each, found by the registry."""
+
+from fedq.pacing.base import Pacing
+
+__all__ = ["Pacing"]
