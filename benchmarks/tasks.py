@@ -9,7 +9,9 @@ updates. `fewer` is how many times fewer bytes than float32 a run sends, both wa
 
 Accuracy ranks codecs differently from NMSE: what is biased loses the same small coordinates in
 every round. Every cell is a run directory below `--work`; finished ones are not run again, and
-interrupted ones go on. Remove the directory when a codec's code has changed.
+interrupted ones go on. Remove the directory when a codec's code has changed. A run whose updates the
+server refuses three rounds in a row has diverged: below a certain rate the noise of an unbiased code
+is many times the update.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from fedq.errors import FedqError
 from fedq.experiment import Experiment
 from fedq.report.plots import COLOURS, FLOAT_COLOUR
 from fedq.results import holds_run, read_rounds, read_summary
+from fedq.server import summarise as summarise_run
 
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedq" / "tasks"
 TASK = (
@@ -46,6 +49,7 @@ TASK = (
 QUICK = ("model=mlp", "data=digits", "rounds=2", "clients=6", "clients_per_round=3")
 BITS = (0.1, 0.05, 0.025, 0.0125)
 LAST = 5
+PARAMETERS = 220_234
 
 Config = Mapping[str, Any]
 FLOAT: Config = {"name": "identity"}
@@ -108,12 +112,18 @@ class Cell:
         """Run the cell, go on with it or read what it left; return its figures."""
         path = self.path(work)
         experiment = self.experiment().replace(run_dir=str(path))
-        simulation.simulate(experiment, resume=holds_run(path))
-        summary, rounds = read_summary(path), read_rounds(path)
-        assert summary is not None
+        try:
+            simulation.simulate(experiment, resume=holds_run(path))
+        except FedqError as error:
+            if "rounds in a row" not in str(error):
+                raise
+            print(f"{self.name}, seed {self.seed}: {error}", file=sys.stderr)
+        rounds = read_rounds(path)
+        summary = read_summary(path) or summarise_run(experiment, PARAMETERS, rounds)
         sent = summary["uplink_bytes"] + summary["downlink_bytes"]
         whole = summary["float32_uplink_bytes"] + summary["float32_downlink_bytes"]
         return {
+            "diverged": summary["rounds"] < experiment.rounds,
             "codec": self.name,
             "curve": _curve(self.uplink),
             "unbiased": self.unbiased,
@@ -206,8 +216,12 @@ def summarise(figures: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     whole = {f["seed"]: f["accuracy"] for f in figures if f["codec"] == FLOAT["name"]}
     for name in dict.fromkeys(f["codec"] for f in figures):
         own = [f for f in figures if f["codec"] == name]
-        accuracy = [100 * f["accuracy"] for f in own]
-        to_float = [100 * (f["accuracy"] - whole[f["seed"]]) for f in own]
+        stable = [f for f in own if not f["diverged"]]
+        accuracy = [100 * f["accuracy"] for f in stable]
+        to_float = [100 * (f["accuracy"] - whole[f["seed"]]) for f in stable]
+        lost = (
+            f"; {len(own) - len(stable)} of {len(own)} diverged" if len(stable) < len(own) else ""
+        )
         yield {
             "codec": name,
             "curve": own[0]["curve"],
@@ -217,10 +231,10 @@ def summarise(figures: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 key: statistics.fmean(f[key] for f in own)
                 for key in ("uplink_bits", "downlink_bits", "fewer", "seconds")
             },
-            "accuracy": statistics.fmean(accuracy),
-            "accuracy_text": _spread(accuracy, ""),
-            "to_float": statistics.fmean(to_float),
-            "to_float_text": _spread(to_float, "+"),
+            "accuracy": statistics.fmean(accuracy) if stable else None,
+            "accuracy_text": f"{_spread(accuracy, '')}{lost}" if stable else lost.lstrip("; "),
+            "to_float": statistics.fmean(to_float) if stable else None,
+            "to_float_text": _spread(to_float, "+") if stable else "",
         }
 
 
@@ -242,7 +256,7 @@ def _curve(codec: Config) -> str:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw accuracy against uplink bits, as ``path`` SVG and PNG."""
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    shown = [row for row in rows if not row["both_ways"]]
+    shown = [row for row in rows if not row["both_ways"] and row["accuracy"] is not None]
     shown.sort(key=lambda row: (row["curve"], row["uplink_bits"]))
     colours = 0
     for curve, found in groupby(shown, key=lambda row: row["curve"]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -237,6 +239,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="directory for the plot and the tables")
     report.set_defaults(run=_report)
+
+    watch = commands.add_parser(
+        "watch",
+        help="a local page that shows a run while it goes on",
+        description="Serve a page on this machine that shows a run, or all runs of a sweep, while "
+        "they go on: curves, bytes, clients and rejections.",
+        epilog="Another machine's: ssh -L 8700:127.0.0.1:8700 HOST",
+        allow_abbrev=False,
+    )
+    watch.add_argument("directory", type=Path, metavar="RUN")
+    watch.add_argument("--port", type=int, default=8700, help="default: 8700; 0 is any free one")
+    watch.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1; there is no password"
+    )
+    watch.set_defaults(run=_watch)
 
     keys = commands.add_parser(
         "keys",
@@ -554,6 +571,17 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.report import report
 
     Console().print(report(options.runs, options.out))
+    return 0
+
+
+def _watch(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    from fedq.watch import serving
+
+    with serving(options.directory, options.host, options.port) as address:
+        print(f"{options.directory} is shown at {address} until Ctrl-C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
     return 0
 
 

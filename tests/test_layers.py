@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba",
     ),
     "report": (
-        "report codec_report doctor cli",
+        "report codec_report doctor cli watch",
         "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend",
     ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),

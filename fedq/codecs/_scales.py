@@ -255,8 +255,8 @@ def _details(ratio: NDArray[np.float64]) -> list[tuple[Index, float]]:
         counts = np.unique(index, return_counts=True)[1]
         found.append((index, float(counts @ np.log2(index.size / counts)) + 4 * counts.size))
         if counts.size == 1:
-            break
-    return found
+            return found
+    return [*found, (np.zeros(power.shape, np.int32), 0.0)]  # zero ones are not told apart
 
 
 def _scaled(size: int, width: int) -> tuple[bool, bool]:
@@ -284,10 +284,20 @@ def encode(scales: Scales, layout: Layout) -> bytes:
             values.append(columns)
         tensors += [(part.size, part.size) for part in values[len(tensors) :]]
     count = sum(size for size, _ in tensors)
-    joined = np.concatenate([*values, np.zeros(0, np.int32)])
+    joined = _with_dead_near(np.concatenate([*values, np.zeros(0, np.int32)]))
     body = _range.encode(joined, tensors, 4 * count + 64)
     assert body is not None
     return body
+
+
+def _with_dead_near(values: Index) -> Index:
+    """Let 1 stand for :data:`DEAD`, and what is above 0 move up: zero columns are frequent."""
+    return np.where(values == DEAD, 1, values + (values > 0)).astype(np.int32)
+
+
+def _with_dead_far(values: Index) -> Index:
+    """Undo :func:`_with_dead_near`."""
+    return np.where(values == 1, DEAD, values - (values > 1)).astype(np.int32)
 
 
 def decode(body: bytes | memoryview, layout: Layout) -> Scales:
@@ -303,7 +313,7 @@ def decode(body: bytes | memoryview, layout: Layout) -> Scales:
             by_row, by_column = _scaled(size, width)
             rows = -(-size // width)
             tensors += [(1, 1)] + [(rows, rows)] * by_row + [(width, width)] * by_column
-    values = _range.decode(body, tensors)
+    values = _with_dead_far(_range.decode(body, tensors))
     if ((np.abs(values) > 2 * _LIMIT) & (values != DEAD)).any():
         raise DecodeError("a scale is out of range")
     found = Scales([], [])

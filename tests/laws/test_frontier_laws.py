@@ -139,6 +139,30 @@ def test_scales_round_trip():
     assert scales.rows[0][0] == _scales.DEAD
 
 
+def test_zero_columns_cost_their_entropy():
+    layout, rng = Layout.of({"w": np.empty((64, 4000))}), np.random.default_rng(0)
+    live = rng.random(4000) > 0.2
+    x = (rng.standard_normal((64, 4000)) * live).astype(np.float32).ravel()
+    law = _scales.law(True, _trellis.ERROR[8])
+    side = _scales.encode(_scales.Profile(x, layout).at(1.0, law), layout)
+    assert 8 * len(side) < 1.1 * 4000 * 0.722 + 200  # the entropy of 0.2
+
+
+@pytest.mark.parametrize("bits", [0.05, 0.025, 0.0125])
+def test_where_scales_would_cost_more_than_they_gain_there_are_none(bits):
+    """A dead unit's columns are zero, and to say which takes more than all bits there are."""
+    layout = Layout.of({"w": np.empty((64, 3000)), "b": np.empty(64)})
+    x, live = update(layout).copy(), np.random.default_rng(0).random(3000) > 0.4
+    x[: 64 * 3000] *= np.tile(live, 64)
+    errors = {}
+    for name in ("dtcq", "eden"):
+        codec = build("codec", name, bits=bits)
+        payloads = [codec.encode(x, layout, seed) for seed in range(4)]
+        assert len(payloads[0]) < 1.05 * bits * x.size / 8 or name == "eden"
+        errors[name] = np.mean([nmse(x, codec.decode(p, layout)) for p in payloads])
+    assert errors["dtcq"] < errors["eden"]
+
+
 @pytest.mark.parametrize("name", ["dtcq", "subset"])
 def test_zero_rows_are_exact(name):
     x = update(WIDE).copy()
