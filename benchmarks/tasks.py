@@ -9,9 +9,9 @@ updates. `fewer` is how many times fewer bytes than float32 a run sends, both wa
 
 Accuracy ranks codecs differently from NMSE: what is biased loses the same small coordinates in
 every round. Every cell is a run directory below `--work`; finished ones are not run again, and
-interrupted ones go on. Remove the directory when a codec's code has changed. A run whose updates the
-server refuses three rounds in a row has diverged: below a certain rate the noise of an unbiased code
-is many times the update.
+interrupted ones go on. Remove the directory when a codec's code has changed. A run whose updates
+the server refuses three rounds in a row has diverged: below a certain rate the noise of an unbiased
+code is many times the update.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CELLS: list[tuple[Config, Config]] = [
     (FLOAT, FLOAT),
     (JOB["codec"], FLOAT),
     *(({"name": "low_rank", "bits": bits}, FLOAT) for bits in BITS),
-    ({"name": "dtcq", "bits": 0.1}, FLOAT),
+    *(({"name": "dtcq", "bits": bits}, FLOAT) for bits in BITS),
     *(({"name": "eden", "bits": bits}, FLOAT) for bits in BITS),
     ({"name": "low_rank", "inner": "rdo_tcq", "bits": 0.1}, FLOAT),
     (_feedback({"name": "top_k", "fraction": 0.01}), FLOAT),
