@@ -45,6 +45,7 @@ RESUMABLE = {
     "round_deadline_s",
     "decode_threads",
     "server_memory_gb",
+    "trackers",
 }
 
 

@@ -103,6 +103,7 @@ class Experiment:
     sealed: bool
     keys: str | None
     plugins: tuple[str, ...]
+    trackers: tuple[str, ...]
     model: Any = field()
     data: Any = field()
     partition: Any = field()
@@ -123,6 +124,8 @@ class Experiment:
         _ = self.training  # checks its own options
         _check(self.run_dir != "", "run_dir must be a path or null", "empty")
         _check(self.keys != "", "keys must be a path or null", "empty")
+        for tracker in self.trackers:
+            registry.lookup("tracker", tracker)
         _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
         _check(self.seed >= 0, "seed must not be negative", self.seed)
         _check(

@@ -44,6 +44,7 @@ GROUPS: dict[str, str] = {
     "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",
     "task": "fedq.tasks",
+    "tracker": "fedq.trackers",
     "weight_quantizer": "fedq.quantization.weights",
 }
 

@@ -35,6 +35,7 @@ from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
+from fedq.trackers import tracking
 from fedq.training import Trainer, trainer_for
 
 # isort: split
@@ -72,11 +73,20 @@ def run(
       examples: Of simulated clients, by place; without them there is no simulated fleet.
       observer: Sees each round's record.
     """
-    server = _Server(grid, experiment, dataset, directory, examples, observer)
-    state = server.resumed() if directory.has_checkpoint() else server.started()
-    while state.round < experiment.rounds and not server.exhausted(state):
-        state = server.next_round(state)
-    return server.finish(state)
+    with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
+
+        def observe(record: Mapping[str, Any]) -> None:
+            if observer is not None:
+                observer(record)
+            track(record)
+
+        server = _Server(grid, experiment, dataset, directory, examples, observe)
+        state = server.resumed() if directory.has_checkpoint() else server.started()
+        while state.round < experiment.rounds and not server.exhausted(state):
+            state = server.next_round(state)
+        summary = server.finish(state)
+        track(summary)
+    return summary
 
 
 def _secure(experiment: Experiment) -> SecureServer | None:
@@ -101,7 +111,7 @@ class _Server:
         dataset: Dataset,
         directory: RunDirectory,
         examples: Sequence[int] | None,
-        observer: Observer | None,
+        observer: Observer,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -230,9 +240,8 @@ class _Server:
             for name, tensor in saved.tensors.items()
             if name.startswith(OPTIMIZER_PREFIX)
         }
-        if self.observer is not None:
-            for record in self.directory.rounds():
-                self.observer({**record, "resumed": True})
+        for record in self.directory.rounds():
+            self.observer({**record, "resumed": True})
         return ServerState(
             saved.round,
             saved.tensors["weights"],
@@ -321,8 +330,7 @@ class _Server:
             tensors |= state.privacy.tensors()
             meta["privacy"] = state.privacy.meta()
         self.directory.save_checkpoint(state.round, tensors, meta)
-        if self.observer is not None:
-            self.observer(record)
+        self.observer(record)
 
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Write model and summary."""

@@ -19,7 +19,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
-        "results manifest",
+        "results manifest trackers",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba",
     ),
     "report": (
