@@ -27,6 +27,7 @@ GROUPS: dict[str, str] = {
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
     "availability": "fedq.physics.availability",
+    "budget": "fedq.budgets",
     "codec": "fedq.codecs",
     "data": "fedq.data",
     "device": "fedq.physics.devices",

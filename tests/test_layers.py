@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing physics pacing",
+        "sealing physics pacing budgets",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": ("results", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba"),
@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records strategy client engines secure_client secure_server",
+        "records strategy client engines asynchronous secure_client secure_server",
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
