@@ -275,7 +275,7 @@ class FedQ(Strategy):
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
-        self._nodes: tuple[Collection[int], list[int]] | None = None
+        self._nodes: tuple[Collection[int], list[int], dict[int, int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -332,7 +332,7 @@ class FedQ(Strategy):
             waiting={node: slot for slot, node in enumerate(nodes)},
             held=dict(before.broadcasts.held),
             strangers=set(before.broadcasts.strangers),
-            claims=self._claims(before),
+            claims=self._claims(grid, before),
             whole=whole,
             context=context,
             watch=watch,
@@ -343,7 +343,7 @@ class FedQ(Strategy):
             weights=weights,
             opened_s=opened_s,
             expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
-            places={node: place for place, node in enumerate(self.ordered(grid))},
+            places=self._places(grid),
             start=start,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
@@ -422,10 +422,15 @@ class FedQ(Strategy):
     def _about(self, server_round: int, sampled: int) -> Round:
         return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
-    def _claims(self, before: ServerState) -> _Claims:
-        """Return who is which client; a node that left frees its number."""
+    def _places(self, grid: Grid) -> Mapping[int, int]:
+        """Return the place of each connected node."""
+        self.ordered(grid)
         assert self._nodes is not None
-        connected = self._nodes[0]
+        return self._nodes[2]
+
+    def _claims(self, grid: Grid, before: ServerState) -> _Claims:
+        """Return who is which client; a node that left frees its number."""
+        connected = self._places(grid)
         return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
@@ -467,7 +472,8 @@ class FedQ(Strategy):
         if self._nodes is None or self._nodes[0] != ids:
             infos = grid.get_nodes()
             ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
-            self._nodes = (ids, [node.node_id for node in ordered])
+            nodes = [node.node_id for node in ordered]
+            self._nodes = (ids, nodes, {node: place for place, node in enumerate(nodes)})
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
