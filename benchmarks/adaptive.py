@@ -1,8 +1,8 @@
 """Bit budgets that adapt, beside fixed ones at equal bytes.
 
 Digits (8 x 8), 20 clients, 8 per round, Dirichlet(0.5), a small CNN, the dithered uniform codec
-with an entropy coder. Fixed bits from 3 to 6, and three budgets: DAdaQuant and AdaQuantFL from 3
-bits up, and bits by link from 4 on a third of the clients each on Wi-Fi, LTE-M and NB-IoT (all
+with an entropy coder. Fixed bits from 2 to 5, and three budgets: DAdaQuant and AdaQuantFL from 2
+bits up, and bits by link from 3 on a third of the clients each on Wi-Fi, LTE-M and NB-IoT (all
 methods run on that fleet, for the times).
 
 The last column is the accuracy of an adaptive run at its end, minus the best that any of the fixed
@@ -29,11 +29,11 @@ FEDERATION = (
 )
 ROUNDS = 40
 ACCURACY = 0.90
-FIXED = {f"{bits} bits": (f"codec.bits={bits}",) for bits in (3, 4, 5, 6)}
+FIXED = {f"{bits} bits": (f"codec.bits={bits}",) for bits in (2, 3, 4, 5)}
 ADAPTIVE = {
-    "DAdaQuant": ("codec.bits=3", "budget=dadaquant", "budget.max_bits=6"),
-    "AdaQuantFL": ("codec.bits=3", "budget=adaquantfl", "budget.max_bits=6"),
-    "by link": ("codec.bits=4", "budget=link_aware", "budget.min_bits=3", "budget.max_bits=6"),
+    "DAdaQuant": ("codec.bits=2", "budget=dadaquant", "budget.max_bits=5"),
+    "AdaQuantFL": ("codec.bits=2", "budget=adaquantfl", "budget.max_bits=5"),
+    "by link": ("codec.bits=3", "budget=link_aware", "budget.max_bits=5"),
 }
 
 

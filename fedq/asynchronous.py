@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedq import records, registry
@@ -124,7 +123,7 @@ class Steps:
 
     def replies(self) -> Iterator[Message]:
         """Yield replies as they arrive, with errors in the place of lost ones, until it is time."""
-        lacking, slots = self._pacing.buffer, count()
+        lacking = wanted = self._pacing.buffer
         self._refill()
         while lacking and (self.air or self._wait()):
             self._settle(lacking)
@@ -133,10 +132,10 @@ class Steps:
                 if flight.end_s > self._now_s or not lacking:
                     break
                 self.air.remove(flight)
-                lacking -= flight.arrived
                 if isinstance(flight, Waiting):
                     self._current.asked[flight.node] = flight.asked
-                self._current.waiting[flight.node] = next(slots)
+                self._current.waiting[flight.node] = wanted - lacking
+                lacking -= flight.arrived
                 assert flight.reply is not None
                 yield flight.reply
             if lacking:

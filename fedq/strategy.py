@@ -392,7 +392,7 @@ class FedQ(Strategy):
 
     def _opening(self, grid: Grid, before: ServerState) -> tuple[float, frozenset[int]]:
         """Return when a round begins, and whom it cannot ask: it waits until somebody is there."""
-        if self.clock is None or self.clock.always:
+        if self.clock is None or self.clock.always or self.pacing.asynchronous:
             return before.now_s, frozenset()
         nodes, there = self.ordered(grid), self.clock.available
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,40 @@ def test_a_reply_of_another_step_is_stale() -> None:
     _, reports, _ = run(fedq, 3, handler=replay)
     assert reports[0].rejected.total() == 0
     assert any(report.rejected["stale"] for report in reports[1:])
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "mean"])
+def test_robust_rules_see_a_buffer_whatever_was_lost(rule: str) -> None:
+    fedq = make(
+        build("pacing", "fedbuff", buffer=4),
+        ROUGH,
+        aggregator=build("aggregator", rule),
+        quorum=0.3,
+    )
+    _, reports, _ = run(fedq, 8)
+    assert sum(report.rejected.total() for report in reports) > 0
+    assert not any(report.rejected["aggregator"] or report.skipped for report in reports)
+    assert {report.replies for report in reports} == {4}
+
+
+def test_a_reply_under_way_is_not_passed_over_for_want_of_others(tmp_path: Path) -> None:
+    """Time does not jump to when somebody can be asked while there are replies to come."""
+    file = tmp_path / "trace.csv"
+    rows = [f"{place},0,{'2.0' if place else '1e9'}" for place in range(CLIENTS)]
+    file.write_text("\n".join(["client,start_s,end_s", *rows]))
+    fleet = registry.from_config(
+        "fleet",
+        {
+            "name": "mixture",
+            "devices": ["pi_4"],
+            "links": ["wifi"],
+            "availability": {"name": "trace", "path": str(file), "period_s": 2e9},
+        },
+    )
+    fedq = make(build("pacing", "fedbuff", buffer=1), fleet, [1e9] * CLIENTS, quorum=0.1)
+    state, reports, _ = run(fedq, 4)
+    assert [report.replies for report in reports] == [1, 1, 1, 1]
+    assert state.now_s < 5
 
 
 @pytest.mark.parametrize("options", [{"buffer": 0}, {"exponent": -1.0}])
