@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
-    "programs": ("simulation node fleet allocate robustness", "ray matplotlib"),
+    "programs": ("simulation node fleet allocate personalise robustness", "ray matplotlib"),
 }
 
 _IMPORT = """
