@@ -72,7 +72,7 @@ def run(
       examples: Of simulated clients, by place; without them there is no simulated fleet.
       observer: Sees each round's record.
     """
-    server = _Server(grid, experiment, dataset, directory, examples, observer)
+    server = _Server(grid, experiment, dataset, directory, observer, examples)
     state = server.resumed() if directory.has_checkpoint() else server.started()
     while state.round < experiment.rounds and not server.exhausted(state):
         state = server.next_round(state)
@@ -100,8 +100,8 @@ class _Server:
         experiment: Experiment,
         dataset: Dataset,
         directory: RunDirectory,
-        examples: Sequence[int] | None,
         observer: Observer | None,
+        examples: Sequence[int] | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
