@@ -50,6 +50,7 @@ QUICK = ("model=mlp", "data=digits", "rounds=2", "clients=6", "clients_per_round
 BITS = (0.1, 0.05, 0.025, 0.0125)
 LAST = 5
 PARAMETERS = 220_234
+DIVERGED = "diverged.txt"
 
 Config = Mapping[str, Any]
 FLOAT: Config = {"name": "identity"}
@@ -104,7 +105,8 @@ class Cell:
 
     def path(self, work: Path) -> Path:
         """Return the run directory: another one for other options."""
-        settings = json.dumps(self.experiment().to_config(), sort_keys=True)
+        what = [self.uplink, self.downlink, self.seed, self.overrides]
+        settings = json.dumps(what, sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
         return work / f"{self.uplink['name']}-{digest}"
 
@@ -113,11 +115,12 @@ class Cell:
         path = self.path(work)
         experiment = self.experiment().replace(run_dir=str(path))
         try:
-            simulation.simulate(experiment, resume=holds_run(path))
+            if not (path / DIVERGED).exists():
+                simulation.simulate(experiment, resume=holds_run(path))
         except FedqError as error:
             if "rounds in a row" not in str(error):
                 raise
-            print(f"{self.name}, seed {self.seed}: {error}", file=sys.stderr)
+            (path / DIVERGED).write_text(str(error))
         rounds = read_rounds(path)
         summary = read_summary(path) or summarise_run(experiment, PARAMETERS, rounds)
         sent = summary["uplink_bytes"] + summary["downlink_bytes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedq.codecs.base import Codec
@@ -38,9 +38,13 @@ class Broadcasts:
         held: Mapping[int, int],
         strangers: frozenset[int],
         history: int,
+        under_way: Collection[int] = (),
     ) -> Broadcasts:
-        """Return the broadcasts after a round: the last, and recent ones that some node holds."""
-        oldest, needed = server_round - history, set(held.values())
+        """Return the broadcasts after a round: the last, and recent ones that some node holds.
+
+        ``under_way`` are rounds whose models clients have got that have not answered yet.
+        """
+        oldest, needed = server_round - history, {*held.values(), *under_way}
         sent = {**self.sent, server_round: whole}
         recent = {r: sent[r] for r in sent if (r > oldest and r in needed) or r == server_round}
         still = {node: r for node, r in held.items() if r in recent}

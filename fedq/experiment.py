@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from fedq import registry
+from fedq.budgets.base import bits_of
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.errors import ConfigError, unknown
 from fedq.training_config import TrainingConfig
@@ -30,6 +31,7 @@ CHOICES: dict[str, str] = {
     "secure_aggregation": "secure_aggregation",
     "fleet": "fleet",
     "pacing": "pacing",
+    "budget": "budget",
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
@@ -118,6 +120,7 @@ class Experiment:
     secure_aggregation: Any = field()
     fleet: Any = field()
     pacing: Any = field()
+    budget: Any = field()
     engine: Any = field()
 
     def __post_init__(self) -> None:
@@ -210,11 +213,45 @@ class Experiment:
             "privacy accounts for cohorts that it knows ahead; fleet.availability must be always",
             self.fleet.availability.name,
         )
+        whole_cohort = not self.pacing.asynchronous and not self.pacing.timed
         _check(
-            not (self.secure_aggregation.integers and self.pacing.timed),
+            whole_cohort or not self.secure_aggregation.integers,
             "secure_aggregation needs pacing=synchronous without deadline and over-selection",
             self.pacing.name,
         )
+        _check(
+            whole_cohort or self.attack.fraction == 0,
+            "attack sees a whole cohort: it needs pacing=synchronous without deadline and "
+            "over-selection",
+            self.pacing.name,
+        )
+        _check(
+            not self.pacing.asynchronous
+            or not (self.sealed or self.uplink_context or self.privacy.unit is not None),
+            "pacing=fedbuff needs sealed=false, uplink_context=false and privacy=none, which bind "
+            "replies to one round",
+            self.pacing.name,
+        )
+        _check(
+            self.budget.fixed
+            or not (
+                self.sealed
+                or self.secure_aggregation.integers
+                or self.privacy.integers
+                or self.attack.fraction
+            ),
+            f"budget={self.budget.name} names a codec to each client; it needs sealed=false, "
+            "secure_aggregation=none, attack=none and a privacy mechanism that leaves the codec's "
+            "payloads",
+            self.budget.name,
+        )
+        _check(
+            self.fleet.timed or not self.budget.links,
+            f"budget={self.budget.name} looks at links: choose a fleet, such as fleet=pi_shelf",
+            f"fleet={self.fleet.name}",
+        )
+        if not self.budget.fixed:
+            bits_of(self.codec)
 
     def _check_sums(self) -> None:
         """Refuse what does not go with sums of integers."""

@@ -27,6 +27,7 @@ GROUPS: dict[str, str] = {
     "aggregator": "fedq.aggregators",
     "attack": "fedq.attacks",
     "availability": "fedq.physics.availability",
+    "budget": "fedq.budgets",
     "codec": "fedq.codecs",
     "data": "fedq.data",
     "device": "fedq.physics.devices",
@@ -191,8 +192,9 @@ def describe(choice: Any, group: str | None = None) -> str:
         if key == "name" or value is None:
             continue
         field = known.get(key)
-        text = describe(value, _group_of(field.type) if field else None)
-        if field is None or field.required or text != describe(_plain(field.default)):
+        inner = _group_of(field.type) if field else None
+        text = describe(value, inner)
+        if field is None or field.required or text != describe(_plain(field.default), inner):
             options.append(f"{key}={text}")
     return f"{name}({', '.join(options)})" if options else name
 

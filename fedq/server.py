@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import private_training, registry
+from fedq.asynchronous import Waiting
+from fedq.budgets.base import History
 from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
@@ -46,7 +48,7 @@ LOG = logging.getLogger("fedq")
 Observer = Callable[[Mapping[str, Any]], None]
 #: That decode unless more are asked for: each holds an update, and what it is decoded from.
 MOST_THREADS = 4
-OPTIMIZER_PREFIX, BROADCAST_PREFIX = "optimizer.", "broadcast."
+OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
 OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
 
@@ -80,7 +82,7 @@ def run(
                 observer(record)
             track(record)
 
-        server = _Server(grid, experiment, dataset, directory, examples, observe)
+        server = _Server(grid, experiment, dataset, directory, observe, examples)
         state = server.resumed() if directory.has_checkpoint() else server.started()
         while state.round < experiment.rounds and not server.exhausted(state):
             state = server.next_round(state)
@@ -110,8 +112,8 @@ class _Server:
         experiment: Experiment,
         dataset: Dataset,
         directory: RunDirectory,
-        examples: Sequence[int] | None,
         observer: Observer,
+        examples: Sequence[int] | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -177,6 +179,7 @@ class _Server:
             privacy=experiment.privacy,
             clock=self._clock(examples),
             pacing=experiment.pacing,
+            budget=experiment.budget,
         )
 
     def _clock(self, examples: Sequence[int] | None) -> Clock | None:
@@ -225,7 +228,10 @@ class _Server:
         """Return the state of the checkpoint; later lines of rounds.jsonl are dropped."""
         saved = self.directory.load_checkpoint(
             tensors=["weights", "state"],
-            meta=["layout", "failures", "held", "strangers", "clients", "guard", "now_s"],
+            meta=[
+                *("layout", "failures", "held", "strangers", "clients", "guard"),
+                *("now_s", "waiting", "history"),
+            ],
         )
         layout, state_layout = self.strategy.layout, self.strategy.states_layout
         fingerprint = layout.fingerprint.hex() + state_layout.fingerprint.hex()
@@ -261,6 +267,11 @@ class _Server:
             GuardState.from_meta(saved.meta["guard"]),
             PrivacyState.load(saved.tensors, saved.meta.get("privacy")),
             float(saved.meta["now_s"]),
+            tuple(
+                Waiting.from_meta(meta, saved.tensors[f"{WAITING_PREFIX}{i}"].tobytes())
+                for i, meta in enumerate(saved.meta["waiting"])
+            ),
+            History.from_meta(saved.meta["history"]),
         )
 
     def exhausted(self, state: ServerState) -> bool:
@@ -325,6 +336,12 @@ class _Server:
             "guard": state.guard.to_meta(),
             "privacy": None,
             "now_s": state.now_s,
+            "waiting": [waiting.to_meta() for waiting in state.waiting],
+            "history": state.history.to_meta(),
+        }
+        tensors |= {
+            f"{WAITING_PREFIX}{i}": np.frombuffer(waiting.content, np.uint8)
+            for i, waiting in enumerate(state.waiting)
         }
         if state.privacy is not None:
             tensors |= state.privacy.tensors()

@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from fedq import records, registry, wire
 from fedq.aggregators.base import Aggregator, Stream
 from fedq.aggregators.mean import Mean
+from fedq.asynchronous import Asked, Steps, Waiting
+from fedq.budgets.base import Budget, Candidate, History, bits_of
+from fedq.budgets.fixed import Fixed
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.downlink import Broadcasts, Downlink
@@ -36,6 +39,7 @@ from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.pacing.base import Pacing
+from fedq.pacing.fedbuff import FedBuff
 from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
@@ -85,6 +89,8 @@ class ServerState:
       guard: What the guard remembers.
       privacy: The clipping bound and what clients have spent, None without a mechanism.
       now_s: Simulated seconds since the run began.
+      waiting: Replies to earlier steps that have not arrived yet.
+      history: What a bit budget follows.
     """
 
     round: int
@@ -97,6 +103,8 @@ class ServerState:
     guard: GuardState = field(default_factory=GuardState)
     privacy: PrivacyState | None = None
     now_s: float = 0.0
+    waiting: tuple[Waiting, ...] = ()
+    history: History = field(default_factory=History)
 
 
 @dataclass
@@ -147,6 +155,7 @@ class Update:
     source: Contribution
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
     variant: int = 0  #: which of the states it is
+    discount: float = 1.0  #: times the delta, for its age
 
 
 class Sums(Protocol):
@@ -201,6 +210,7 @@ class FedQ(Strategy):
       secure: How clients send sums of integers in place of payloads; None is a trusted server.
       clock: Of a simulated fleet; None lets replies count as they come.
       pacing: When rounds close, by the clock.
+      budget: How many levels of the codec each client has in each round.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -237,6 +247,7 @@ class FedQ(Strategy):
         secure: Sums | None = None,
         clock: Clock | None = None,
         pacing: Pacing | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -260,8 +271,11 @@ class FedQ(Strategy):
         self.trusted = trusted
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
+        self.budget = budget or Fixed()
+        if not self.budget.fixed:
+            bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
-        self._nodes: tuple[Collection[int], list[int]] | None = None
+        self._nodes: tuple[Collection[int], list[int], dict[int, int]] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -286,6 +300,10 @@ class FedQ(Strategy):
             grid = current.timing = self._timed(grid, current)
         if self.secure is not None:
             return self.secure.collect(self, grid, current), current.report
+        if isinstance(self.pacing, FedBuff):
+            assert current.timing is not None
+            current.steps = Steps(self, self.pacing, current.timing, current)
+            return self._finish(current, current.steps.replies()), current.report
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
         return self._finish(current, replies), current.report
 
@@ -294,8 +312,9 @@ class FedQ(Strategy):
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
         opened_s, away = self._opening(grid, before)
-        nodes = self.sample(grid, report.round, watch.barred, away)
-        report.sampled, report.quarantined = len(nodes), len(watch.barred)
+        steps = isinstance(self.pacing, FedBuff)  # which ask one by one, as replies arrive
+        nodes = [] if steps else self.sample(grid, report.round, watch.barred, away)
+        report.quarantined = len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
         asked = privacy.request(about)
@@ -313,7 +332,7 @@ class FedQ(Strategy):
             waiting={node: slot for slot, node in enumerate(nodes)},
             held=dict(before.broadcasts.held),
             strangers=set(before.broadcasts.strangers),
-            claims=self._claims(before),
+            claims=self._claims(grid, before),
             whole=whole,
             context=context,
             watch=watch,
@@ -321,35 +340,61 @@ class FedQ(Strategy):
             about=about,
             request=request,
             openers=openers,
+            weights=weights,
             opened_s=opened_s,
+            expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
+            places=self._places(grid),
             start=start,
         )
-        current.messages = [self._ask(node, current, weights) for node in nodes]
-        report.float32_downlink_bytes = len(self._blob(current, self._float32)) * len(nodes)
+        current.float32_bytes = len(self._blob(current, self._float32, self.codec))
+        current.messages = self.ask(nodes, current)
         return current
 
-    def _ask(self, node: int, current: _Round, weights: Vector) -> Message:
+    def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
+        """Return requests to nodes that are asked at the same time."""
+        cohort = [self._candidate(node, current) for node in nodes]
+        codecs = self.budget.codecs(self.codec, current.before.history, cohort, self.layout.size)
+        return [self._ask(node, codec, current) for node, codec in zip(nodes, codecs, strict=True)]
+
+    def _candidate(self, node: int, current: _Round) -> Candidate:
+        examples = current.before.history.examples.get(node)
+        if self.clock is None:
+            return Candidate(examples)
+        uplink_mbps = self.clock.members[current.places[node]].link.uplink_mbps
+        return Candidate(examples, uplink_mbps, self.clock.median_uplink_mbps)
+
+    def _ask(self, node: int, codec: Codec, current: _Round) -> Message:
         """Return a node's request: the model whole, or as changes if those are shorter."""
-        before, number, contents = current.before, current.report.round, current.contents
-        if None not in contents:
-            contents[None] = records.pack(self._blob(current, current.whole))
-        base = self.downlink.base(node, before.broadcasts)
-        if base is not None and base not in contents:
-            seed = derive(self.seed, number, "downlink")
-            changes = self.downlink.changes(weights, seed, before.broadcasts, base)
-            blob, whole = self._blob(current, changes, base), records.unpack(contents[None])
-            contents[base] = records.pack(blob) if len(blob) < len(whole) else contents[None]
-        content = contents[base]
-        if self.uplink_context and base is not None and content is not contents[None]:
+        report, base = current.report, self.downlink.base(node, current.before.broadcasts)
+        content, whole = (self._content(current, b, codec) for b in (base, None))
+        if len(records.unpack(content)) > len(records.unpack(whole)):
+            content = whole
+        elif self.uplink_context and base is not None:
             current.context.offered[node] = base
-        current.report.downlink_bytes += len(records.unpack(content))
-        return Message(content, node, MessageType.TRAIN, group_id=str(number))
+        current.asked[node] = Asked(report.round, codec)
+        report.sampled += 1
+        report.downlink_bytes += len(records.unpack(content))
+        report.float32_downlink_bytes += current.float32_bytes
+        return Message(content, node, MessageType.TRAIN, group_id=str(report.round))
+
+    def _content(self, current: _Round, base: int | None, codec: Codec) -> RecordDict:
+        """Return a request's content: made once for all clients that have the same."""
+        if base not in current.models:
+            before, seed = current.before, derive(self.seed, current.report.round, "downlink")
+            assert base is not None
+            changes = self.downlink.changes(current.weights, seed, before.broadcasts, base)
+            current.models[base] = changes
+        key = base, codec
+        if key not in current.contents:
+            blob = self._blob(current, current.models[base], codec, base)
+            current.contents[key] = records.pack(blob)
+        return current.contents[key]
 
     def _opening(self, grid: Grid, before: ServerState) -> tuple[float, frozenset[int]]:
         """Return when a round begins, and whom it cannot ask: it waits until somebody is there."""
-        if self.clock is None or self.clock.always:
+        if self.clock is None or self.clock.always or self.pacing.asynchronous:
             return before.now_s, frozenset()
-        nodes, there = self._ordered(grid), self.clock.available
+        nodes, there = self.ordered(grid), self.clock.available
 
         def anybody(now_s: float) -> bool:
             return any(there(place, now_s) for place in range(len(nodes)))
@@ -359,26 +404,33 @@ class FedQ(Strategy):
 
     def _timed(self, grid: Grid, current: _Round) -> TimedGrid:
         assert self.clock is not None
-        places = {node: place for place, node in enumerate(self._ordered(grid))}
-        pacing, asked = self.pacing, len(current.messages)
-        assert isinstance(pacing, Synchronous)
+        deadline_s, first = None, None
+        if isinstance(self.pacing, Synchronous):
+            deadline_s = self.pacing.deadline_s
+            if self.pacing.over_selection > 1:
+                first = min(self.cohort(len(current.places)), len(current.messages))
         return TimedGrid(
             grid,
             self.clock,
-            places,
+            current.places,
             current.report.round,
             current.opened_s,
-            deadline_s=pacing.deadline_s,
-            first=min(self._cohort(len(places)), asked) if pacing.over_selection > 1 else None,
+            deadline_s=deadline_s,
+            first=first,
         )
 
     def _about(self, server_round: int, sampled: int) -> Round:
         return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
-    def _claims(self, before: ServerState) -> _Claims:
-        """Return who is which client; a node that left frees its number."""
+    def _places(self, grid: Grid) -> Mapping[int, int]:
+        """Return the place of each connected node."""
+        self.ordered(grid)
         assert self._nodes is not None
-        connected = self._nodes[0]
+        return self._nodes[2]
+
+    def _claims(self, grid: Grid, before: ServerState) -> _Claims:
+        """Return who is which client; a node that left frees its number."""
+        connected = self._places(grid)
         return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
@@ -397,12 +449,12 @@ class FedQ(Strategy):
         partition whatever identifiers the grid gives out. Nodes that are away cannot be asked, but
         count where the cohort is a fraction.
         """
-        nodes = self._ordered(grid)
+        nodes = self.ordered(grid)
         if barred:
             nodes = [node for node in nodes if node not in barred]
             if not nodes:
                 raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
-        count = self._cohort(len(nodes))
+        count = self.cohort(len(nodes))
         if isinstance(self.pacing, Synchronous):
             count = self.pacing.asked(count, of=len(nodes))
         if away:
@@ -412,7 +464,7 @@ class FedQ(Strategy):
         chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _ordered(self, grid: Grid) -> list[int]:
+    def ordered(self, grid: Grid) -> list[int]:
         """Return the connected nodes in the order in which they registered."""
         ids = grid.get_node_ids()
         if not isinstance(ids, range):
@@ -420,12 +472,13 @@ class FedQ(Strategy):
         if self._nodes is None or self._nodes[0] != ids:
             infos = grid.get_nodes()
             ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
-            self._nodes = (ids, [node.node_id for node in ordered])
+            nodes = [node.node_id for node in ordered]
+            self._nodes = (ids, nodes, {node: place for place, node in enumerate(nodes)})
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
 
-    def _cohort(self, clients: int) -> int:
+    def cohort(self, clients: int) -> int:
         """Return how many of so many clients a round wants."""
         wanted = self.clients_per_round
         return min(wanted, clients) if isinstance(wanted, int) else max(1, round(wanted * clients))
@@ -439,8 +492,10 @@ class FedQ(Strategy):
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(self, current: _Round, model: bytes, base: int | None = None) -> bytes:
+    def _blob(self, current: _Round, model: bytes, codec: Codec, base: int | None = None) -> bytes:
         metadata = dict(current.request)
+        if codec is not self.codec:
+            metadata["codec"] = registry.to_config(codec)
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -452,7 +507,7 @@ class FedQ(Strategy):
 
     def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
         report, privacy = current.report, current.privacy
-        deltas, states = self.streams(current, report.sampled)
+        deltas, states = self.streams(current, current.expected)
         losses: list[tuple[float, float]] = []
         accepted: list[Contribution] = []
         lock = Lock()
@@ -462,12 +517,15 @@ class FedQ(Strategy):
                 delta, state = self._decode(update, current)
                 if not privacy.uniform:  # a limit that others move would undo a client's bound
                     delta = current.watch.admit(delta, state)
+                if update.discount != 1:
+                    delta = delta * np.float32(update.discount)
             except RejectedError as error:
                 return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
                 state = self.merger.summand(state)
-                states[update.variant].add(state, update.weight, update.slot)
+                weight = update.weight * update.discount
+                states[update.variant].add(state, weight, update.slot)
             return update, None
 
         for update, error in in_threads(add, self._opened(replies, current), self.threads):
@@ -477,6 +535,7 @@ class FedQ(Strategy):
                 continue
             report.replies += 1
             accepted.append(update.source)
+            current.examples[update.node] = update.source.examples
             report.float32_uplink_bytes += self._float32_reply_bytes
             if update.loss is not None:
                 losses.append((update.loss, update.weight))
@@ -514,6 +573,10 @@ class FedQ(Strategy):
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
         )
+        history = self.budget.after(before.history, report.train_loss, current.examples)
+        after = dataclasses.replace(after, history=history)
+        if current.steps is not None:
+            after = dataclasses.replace(after, waiting=current.steps.left())
         if current.timing is not None:
             energy = current.timing.energy
             after = dataclasses.replace(after, now_s=current.timing.closed_s)
@@ -527,14 +590,16 @@ class FedQ(Strategy):
                 current.held,
                 frozenset(current.strangers),
                 self.downlink.history,
+                under_way={waiting.asked.round for waiting in after.waiting},
             )
             after = dataclasses.replace(after, broadcasts=sent)
         report.seconds = time.perf_counter() - current.start
         if after.failures >= PATIENCE:
             why = report.reasons[0] if report.reasons else "no reply before the deadline"
+            needed = self._needed(current.expected)
             raise FedqError(
-                f"{PATIENCE} rounds in a row had fewer than {self._needed(report.sampled)} usable "
-                f"updates of {report.sampled}; in the last one: {why}"
+                f"{PATIENCE} rounds in a row had fewer than {needed} usable updates of "
+                f"{current.expected}; in the last one: {why}"
             )
         return after
 
@@ -547,7 +612,7 @@ class FedQ(Strategy):
     ) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
-        if report.replies < self._needed(report.sampled):
+        if report.replies < self._needed(current.expected):
             report.skipped = True
             report.privacy = self.privacy.report(before.privacy)
             return same
@@ -597,10 +662,10 @@ class FedQ(Strategy):
         metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
-    @cached_property
-    def _most_reply_bytes(self) -> int:
-        """More than any reply is long; what is no codec's has its own exact length."""
-        codec = Identity() if self.privacy.integers or self.secure is not None else self.codec
+    def _most_reply_bytes(self, codec: Codec) -> int:
+        """Return more than any reply is long; what is no codec's has its own exact length."""
+        if self.privacy.integers or self.secure is not None:
+            codec = Identity()
         body = 2 * codec.max_body_bytes(self.layout)
         values = np.zeros(self.state_layout.size, np.float32)
         state = len(Identity().encode(values, self.state_layout))
@@ -638,12 +703,11 @@ class FedQ(Strategy):
         report.received += 1
         report.uplink_bytes += len(blob)
         node, slot = current.answer(reply)
-        if len(blob) > self._most_reply_bytes:
-            raise RejectedError(
-                "malformed", f"{len(blob)} bytes; a reply has at most {self._most_reply_bytes}"
-            )
         if slot is None:
             raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
+        asked = current.asked[node]
+        if len(blob) > (most := self._most_reply_bytes(asked.codec)):
+            raise RejectedError("malformed", f"{len(blob)} bytes; a reply has at most {most}")
         try:
             sealer = None
             if current.openers is not None:
@@ -652,7 +716,7 @@ class FedQ(Strategy):
             metadata = message.metadata
             if sealer is not None and metadata.get("client", sealer) != sealer:
                 raise DecodeError(f"client {sealer} seals as client {metadata.get('client')}")
-            if metadata.get("round") != report.round:
+            if metadata.get("round") != asked.round:
                 raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
             self._note_base(node, metadata, current)
             return node, slot, message
@@ -662,7 +726,7 @@ class FedQ(Strategy):
     def _note_base(self, node: int, metadata: Mapping[str, Any], current: _Round) -> None:
         kept = metadata.get("kept")
         if kept is True:
-            current.held[node] = current.report.round
+            current.held[node] = current.asked[node].round
         elif kept is False:
             if current.held.pop(node, None) is None:
                 current.strangers.add(node)
@@ -697,19 +761,22 @@ class FedQ(Strategy):
         variant = metadata.get("variant", 0)
         if type(variant) is not int or not 0 <= variant < len(self.variants):
             raise DecodeError(f"claims to be of variant {variant!r}")
-        return Update(node, slot, delta, message.parts[1], weight, loss, source, beside, variant)
+        discount = 1.0
+        if isinstance(self.pacing, FedBuff):
+            discount = self.pacing.discount(current.report.round - current.asked[node].round)
+        return Update(
+            node, slot, delta, message.parts[1], weight, loss, source, beside, variant, discount
+        )
 
     def _frame(
         self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
     ) -> tuple[wire.Frame, int]:
         """Return a codec's frame, and the number of the client whose seed it has."""
-        frame = wire.open_frame(message.parts[0], self.layout, beside)
-        if frame.codec != self.codec:  # another width could be longer than float32
-            raise DecodeError(f"encoded by {frame.codec} where {self.codec} was asked for")
+        frame, asked = wire.open_frame(message.parts[0], self.layout, beside), current.asked[node]
+        if frame.codec != asked.codec:  # another width could be longer than float32
+            raise DecodeError(f"encoded by {frame.codec} where {asked.codec} was asked for")
         client = current.claims.claim(node, message.metadata.get("client"))
-        if frame.seed != self.codec.client_seed(
-            round_seed(self.seed, current.report.round), client
-        ):
+        if frame.seed != asked.codec.client_seed(round_seed(self.seed, asked.round), client):
             raise RejectedError("seed", f"not the one of client {client} in this round")
         return frame, client
 
@@ -913,11 +980,22 @@ class _Round:
     about: Round
     request: Mapping[str, Any]  #: what every client is told beside the model
     openers: Mapping[int, Opener] | None  #: by node, of sealed replies
+    weights: Vector  #: what is sent of the model, before it is encoded
     opened_s: float  #: simulated seconds since the run began
+    expected: int  #: updates, of which a quorum must be usable
+    places: Mapping[int, int]  #: by node, in the order of registration
     start: float
+    float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
-    contents: dict[int | None, RecordDict] = field(default_factory=dict)  #: by base; None: whole
+    asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
+    models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
+    contents: dict[tuple[int | None, Codec], RecordDict] = field(default_factory=dict)
+    examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
     timing: TimedGrid | None = None
+    steps: Steps | None = None
+
+    def __post_init__(self) -> None:
+        self.models[None] = self.whole
 
     def answer(self, reply: Message) -> tuple[int, int | None]:
         """Take a node off the waiting list; its place is None if it was not on it."""

@@ -22,7 +22,6 @@ from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
-from fedq.models.norms import LOCAL
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
@@ -91,8 +90,8 @@ class Trainer:
       state_layout: Names and shapes of the state, s numbers: what quantizers learn, and persistent
         float buffers: activation ranges, running statistics of batch normalisation.
       merge_rules: How each tensor of the state is merged over clients; see :mod:`fedq.merging`.
-      local_layout: Names and shapes of what a client keeps for itself, weights and state: local
-        batch normalisations.
+      local_layout: Names and shapes of what a client keeps for itself, weights and state: all in
+        modules with a true ``local``, such as local batch normalisations and local heads.
 
     Raises:
       ConfigError: If a trainable parameter or float buffer is not float32.
@@ -139,7 +138,7 @@ class Trainer:
         self._counters = [
             (b, b.clone()) for n, b in model.named_buffers() if not b.is_floating_point()
         ]
-        inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, LOCAL))
+        inside = tuple(f"{n}." for n, m in model.named_modules() if getattr(m, "local", False))
         every = {**parameters, **floats}
         self._local = [t for n, t in every.items() if inside and n.startswith(inside)]
         self.local_layout = Layout.of(

@@ -119,7 +119,7 @@ def test_a_resumed_server_knows_which_client_is_which_node(tmp_path: Path) -> No
     simulation.run_experiment(experiment, tmp_path / "run")
     dataset = load(experiment.data)
     with LocalGrid(toy_app, 6) as grid, RunDirectory.open(tmp_path / "run") as directory:
-        state = server._Server(grid, experiment, dataset, directory, None).resumed()
+        state = server._Server(grid, experiment, dataset, directory, lambda record: None).resumed()
     assert state.clients == {node: place for place, node in enumerate(grid.get_node_ids())}
 
 

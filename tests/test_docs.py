@@ -188,3 +188,18 @@ def test_the_page_names_every_quantizer() -> None:
     for group in ("weight_quantizer", "activation_quantizer"):
         for name in available(group):
             assert re.search(rf"`{name}`|={name}\b", page), name
+
+
+# --- docs/physics.md -----------------------------------------------------------------------------
+
+
+def test_the_tables_of_profiles_are_this_version_s() -> None:
+    page = (REPOSITORY / "docs" / "physics.md").read_text()
+    assert maker("make_physics").with_tables(page) == page, "run python docs/make_physics.py"
+
+
+def test_the_page_of_physics_names_everything() -> None:
+    page = (REPOSITORY / "docs" / "physics.md").read_text()
+    for group in ("device", "link", "availability", "pacing", "budget"):
+        for name in set(available(group)) - {"ideal"}:
+            assert re.search(rf"`{name}`|name: {name}\b", page), name

@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing metrics physics pacing",
+        "sealing metrics physics pacing budgets",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
@@ -33,12 +33,12 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records strategy client engines secure_client secure_server flower",
+        "records strategy client engines asynchronous secure_client secure_server flower",
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
     "programs": (
-        "simulation sweep optimize node fleet allocate robustness evaluate",
+        "simulation sweep optimize node fleet allocate personalise robustness evaluate",
         "ray matplotlib",
     ),
 }

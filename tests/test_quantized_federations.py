@@ -104,6 +104,22 @@ def test_local_norms_stay_with_their_clients(tmp_path: Path) -> None:
     assert not np.array_equal(kept[0], kept[1])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "lsq4"])
+def test_local_heads_stay_with_their_clients(tmp_path: Path, quantization: str) -> None:
+    overrides = ("model=local_head", f"quantization={quantization}", "rounds=2")
+    experiment = config.load([*SMALL[:1], *SMALL[3:], *overrides])
+    run_experiment(experiment, tmp_path / "run")
+    network = create(experiment.model, (1, 8, 8), 10)
+    layout = Trainer(experiment.quantization.prepare(network)).local_layout
+    head = {name.rsplit(".", 1)[0] for name in layout.names if name.endswith("bias")}
+    assert len(head) == 1
+    assert all(name.startswith(head.copy().pop()) for name in layout.names)
+    store = StateStore(tmp_path / "run" / "clients")
+    kept = [store.local(client, 3, layout) for client in range(3)]
+    assert all(values is not None for values in kept)
+    assert not np.array_equal(kept[0], kept[1])  # type: ignore[arg-type]
+
+
 def test_local_values_come_back(tmp_path: Path) -> None:
     model = fedq.build("model", "ds_cnn", width=4, blocks=1, norm="local")
     trainer = Trainer(create(model, (1, 8, 8), 3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import Protocol, TypeVar
 
 from fedq import records, wire
 from fedq.engines.stream import WrappedGrid
@@ -62,6 +63,11 @@ class Flight:
         self.end_s = start_s + self.exchange.trained_s
 
     @property
+    def node(self) -> int:
+        """Who was asked."""
+        return self.message.metadata.dst_node_id
+
+    @property
     def awaited(self) -> bool:
         """Whether nothing is known of the reply yet."""
         return self.reply is None
@@ -102,6 +108,7 @@ class TimedGrid(WrappedGrid):
       first: Replies after which it closes; None waits for all.
 
     Attributes:
+      clock: As given.
       closed_s: When the last thing happened, in simulated seconds since the run began.
     """
 
@@ -117,7 +124,8 @@ class TimedGrid(WrappedGrid):
         first: int | None = None,
     ) -> None:
         super().__init__(grid)
-        self._clock, self._places, self._round = clock, places, server_round
+        self.clock = clock
+        self._places, self._round = places, server_round
         self._deadline_s = math.inf if deadline_s is None else opened_s + deadline_s
         self._first = first
         self._phase = 0
@@ -184,8 +192,8 @@ class TimedGrid(WrappedGrid):
     def depart(self, message: Message, start_s: float) -> Flight:
         """Send one request at a time, without running it yet."""
         place = self._places[message.metadata.dst_node_id]
-        flight = Flight(message, place, self._round, self._phase, start_s, self._clock)
-        if self._clock.dies(place, self._round):
+        flight = Flight(message, place, self._round, self._phase, start_s, self.clock)
+        if self.clock.dies(place, self._round):
             flight.lose(records.DROPOUT, "the device died while it trained")
         return flight
 
@@ -196,7 +204,7 @@ class TimedGrid(WrappedGrid):
             if flight.reply is None and flight.end_s > self._deadline_s:
                 flight.lose(records.LATE, "it still trains at the deadline")
             if flight.reply is None:
-                waiting[flight.message.metadata.dst_node_id] = flight
+                waiting[flight.node] = flight
             else:
                 yield flight
         if waiting:
@@ -206,19 +214,41 @@ class TimedGrid(WrappedGrid):
                 flight.land(reply)
                 yield flight
 
-    def spend(self, flight: Flight, until_s: float) -> None:
+    def spend(self, flight: Flight, until_s: float = math.inf) -> None:
         """Add what a device used until it was done, or was stopped."""
         self._spent.append(flight.exchange.energy(until_s - flight.start_s))
 
 
-def nth_arrival(flights: Iterable[Flight], n: int) -> float:
+class Landing(Protocol):
+    """A request under way, as far as time is concerned; see :class:`Flight`."""
+
+    @property
+    def end_s(self) -> float:
+        """When the server hears of it."""
+
+    @property
+    def awaited(self) -> bool:
+        """Whether nothing is known of the reply yet."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether there is a reply."""
+
+    def order(self) -> tuple[float, int]:
+        """Return what it is sorted by."""
+
+
+L = TypeVar("L", bound=Landing)
+
+
+def nth_arrival(flights: Iterable[Landing], n: int) -> float:
     """Return when the n-th reply is there, or the last thing happens; as yet no later than that."""
     flights = list(flights)
     arrivals = sorted(flight.end_s for flight in flights if flight.awaited or flight.arrived)
     return arrivals[n - 1] if len(arrivals) >= n else max(flight.end_s for flight in flights)
 
 
-def certain(flights: Iterable[Flight], n: int, closes_s: float) -> list[Flight]:
+def certain(flights: Iterable[L], n: int, closes_s: float) -> list[L]:
     """Return flights to run now: their clients have trained for certain when the n-th reply comes.
 
     No reply is earlier than its client has trained. So of those that are not run yet, the ones that
@@ -228,7 +258,7 @@ def certain(flights: Iterable[Flight], n: int, closes_s: float) -> list[Flight]:
     flights = list(flights)
     waiting = [flight for flight in flights if flight.awaited and flight.end_s <= closes_s]
     lacking = n - sum(flight.arrived for flight in flights)
-    return sorted(waiting, key=Flight.order)[: max(lacking, 1)]
+    return sorted(waiting, key=lambda flight: flight.order())[: max(lacking, 1)]
 
 
 def _trains(blob: bytes) -> bool:

@@ -22,9 +22,13 @@ class LocalBatchNorm1d(nn.BatchNorm1d):
       normalization", ICLR.
     """
 
+    local = True  #: the trainer keeps what is in modules that say so
+
 
 class LocalBatchNorm2d(nn.BatchNorm2d):
     """See :class:`LocalBatchNorm1d`."""
+
+    local = True
 
 
 class _Frozen(nn.Module):

@@ -114,6 +114,12 @@ class Clock:
         """Devices and links by place."""
         return self.fleet.members(len(self._macs), self._seed)
 
+    @cached_property
+    def median_uplink_mbps(self) -> float:
+        """The median of the fleet's links; the upper one of two."""
+        rates = sorted(member.link.uplink_mbps for member in self.members)
+        return rates[len(rates) // 2]
+
     @property
     def always(self) -> bool:
         """Whether all clients are there all the time."""

@@ -1,0 +1,209 @@
+"""Steps without rounds over a simulated fleet: the events of FedBuff (Nguyen et al. 2022).
+
+Goals: the same run for any number of workers, and after any kill; clients train side by side,
+though who is asked next depends on who is back first.
+
+What a client answers depends on the model that it got, and not on when it is heard. So requests are
+run in batches, whenever the next arrival is not certain otherwise: no reply is earlier than its
+client has trained, and that time is known before it is run. What is still under way at the end of a
+step has been run, too, and waits in the run's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedq import records, registry
+from fedq.codecs.base import Codec
+from fedq.engines.timed import Flight, TimedGrid, certain, nth_arrival
+from fedq.pacing.fedbuff import FedBuff
+from fedq.random import derive, generator
+
+# isort: split
+# After fedq.records, which sets what Flower reads at import.
+from flwr.app import Error, Message, MessageType, RecordDict
+
+if TYPE_CHECKING:
+    from fedq.strategy import FedQ, _Round
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client was asked: in which round, and what to encode with."""
+
+    round: int
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A reply that is there, but not yet at the server; part of a run's state.
+
+    Attributes:
+      node: Who sent it.
+      place: Its place in the federation.
+      asked: In which round, and what to encode with.
+      end_s: When it arrives, in simulated seconds since the run began.
+      code: Of an error in its place, None for a reply.
+      content: The reply, or the error's reason.
+    """
+
+    node: int
+    place: int
+    asked: Asked
+    end_s: float
+    code: int | None
+    content: bytes
+    awaited: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, flight: Flight, asked: Asked) -> Waiting:
+        """Keep a reply."""
+        reply = flight.reply
+        assert reply is not None
+        code = reply.error.code if reply.has_error() else None
+        content = (
+            records.unpack(reply.content) if code is None else str(reply.error.reason).encode()
+        )
+        return cls(flight.node, flight.place, asked, flight.end_s, code, content)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it is a reply, and no error in its place."""
+        return self.code is None
+
+    @property
+    def reply(self) -> Message:
+        """The reply as it came."""
+        number = str(self.asked.round)
+        request = Message(RecordDict(), self.node, MessageType.TRAIN, group_id=number)
+        if self.code is None:
+            return Message(records.pack(self.content), reply_to=request)
+        return Message(Error(self.code, self.content.decode()), reply_to=request)
+
+    def order(self) -> tuple[float, int]:
+        """Return what flights are sorted by."""
+        return self.end_s, self.place
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return all but the content as plain data."""
+        codec = registry.to_config(self.asked.codec)
+        plain = {"node": self.node, "place": self.place, "end_s": self.end_s, "code": self.code}
+        return {**plain, "round": self.asked.round, "codec": codec}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any], content: bytes) -> Waiting:
+        """Read what :meth:`to_meta` wrote."""
+        asked = Asked(int(meta["round"]), registry.from_config("codec", meta["codec"]))
+        code = meta["code"]
+        return cls(meta["node"], meta["place"], asked, float(meta["end_s"]), code, content)
+
+
+class Steps:
+    """The requests under way, and the replies of one step.
+
+    Args:
+      strategy: Asks clients.
+      pacing: How many updates a step takes.
+      timed: The grid with its clock.
+      current: The step; it begins with what was under way.
+
+    Attributes:
+      air: What is under way.
+    """
+
+    def __init__(self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: _Round) -> None:
+        self._strategy, self._pacing, self._timed, self._current = strategy, pacing, timed, current
+        self.air: list[Flight | Waiting] = list(current.before.waiting)
+        self._asked: set[int] = set()
+        self._batches = 0
+        self._now_s = current.opened_s
+
+    def replies(self) -> Iterator[Message]:
+        """Yield replies as they arrive, with errors in the place of lost ones, until it is time."""
+        lacking = wanted = self._pacing.buffer
+        self._refill()
+        while lacking and (self.air or self._wait()):
+            self._settle(lacking)
+            self._now_s = max(self._now_s, min(flight.end_s for flight in self.air))
+            for flight in sorted(self.air, key=_order):
+                if flight.end_s > self._now_s or not lacking:
+                    break
+                self.air.remove(flight)
+                if isinstance(flight, Waiting):
+                    self._current.asked[flight.node] = flight.asked
+                self._current.waiting[flight.node] = wanted - lacking
+                lacking -= flight.arrived
+                assert flight.reply is not None
+                yield flight.reply
+            if lacking:
+                self._refill()
+        self._run()
+        self._timed.closed_s = self._now_s
+
+    def left(self) -> tuple[Waiting, ...]:
+        """Return what is under way after the step."""
+        asked = self._current.asked
+        return tuple(
+            f if isinstance(f, Waiting) else Waiting.of(f, asked[f.node]) for f in self.air
+        )
+
+    def _refill(self) -> None:
+        """Ask clients until enough of them are at work."""
+        current, strategy = self._current, self._strategy
+        there = self._timed.clock.available
+        nodes = [node for place, node in self._free() if there(place, self._now_s)]
+        at_work = strategy.cohort(len(strategy.ordered(self._timed)) - len(current.watch.barred))
+        lacking = min(at_work - len(self.air), len(nodes))
+        if lacking <= 0:
+            return
+        purpose = ("sample", self._batches) if self._batches else ("sample",)
+        self._batches += 1
+        rng = generator(derive(strategy.seed, current.report.round, *purpose))
+        chosen = rng.choice(len(nodes), size=lacking, replace=False, shuffle=False)
+        batch = [nodes[i] for i in sorted(chosen)]
+        self._asked.update(batch)
+        for message in strategy.ask(batch, current):
+            flight = self._timed.depart(message, self._now_s)
+            self.air.append(flight)
+            if not flight.awaited:
+                self._timed.spend(flight)
+
+    def _free(self) -> list[tuple[int, int]]:
+        """Return places and nodes of all that may be asked, wherever they are."""
+        busy = {flight.node for flight in self.air} | self._asked | self._current.watch.barred
+        nodes = enumerate(self._strategy.ordered(self._timed))
+        return [(place, node) for place, node in nodes if node not in busy]
+
+    def _wait(self) -> bool:
+        """Let time pass until somebody can be asked; False if everybody has been."""
+        free = self._free()
+        if not free:
+            return False
+        clock = self._timed.clock
+        self._now_s = clock.opens(
+            self._now_s, lambda now_s: any(clock.available(place, now_s) for place, _ in free)
+        )
+        self._refill()
+        return True
+
+    def _settle(self, lacking: int) -> None:
+        """Run requests until the next arrivals are certain."""
+        while certain(self.air, lacking, nth_arrival(self.air, lacking)):
+            self._run()
+
+    def _run(self) -> None:
+        """Run whatever is under way: it changes no time, and workers are idle otherwise."""
+        fresh = [flight for flight in self.air if isinstance(flight, Flight) and flight.awaited]
+        for _ in self._timed.landed(fresh, self._strategy.deadline_s):
+            pass
+        for flight in fresh:
+            if flight.awaited:
+                flight.lose(records.LATE, "no reply before round_deadline_s")
+            self._timed.spend(flight)
+
+
+def _order(flight: Flight | Waiting) -> tuple[float, int]:
+    return flight.order()
