@@ -25,7 +25,8 @@ def psnr(found: Example, truth: Example, span: float) -> float:
       span: Largest minus smallest value that inputs have.
 
     Example:
-      >>> psnr(np.full((1, 8, 8), 0.1, np.float32), np.zeros((1, 8, 8), np.float32), 1.0).__round__()
+      >>> black = np.zeros((1, 8, 8), np.float32)
+      >>> round(psnr(black + np.float32(0.1), black, 1.0))
       20
     """
     error = float(np.square(found.astype(np.float64) - truth).mean())

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,7 +20,9 @@ from fedq.robustness._cells import Cells
 Matrix = NDArray[np.float64]
 Loss = Literal["cosine", "cells"]
 
-_REFINEMENTS, _POWER = 150, 30
+_REFINEMENTS, _POWER = 200, 30
+#: Weight of nearness within flat cells, and the finest cell in units of the largest value.
+_FLAT, _FINEST = 0.02, 1e-6
 
 
 def least_squares(weight: Matrix, bias: Matrix) -> Matrix:
@@ -55,8 +58,31 @@ def rank_one(weight: Matrix, bias: Matrix) -> Matrix:
     return right * float(left @ weight @ right) / along if along else right
 
 
+def from_signs(weight: Matrix, bias: Matrix, typical: tuple[float, float]) -> Matrix:
+    """Return a dense layer's input from the signs of its update alone, (in,).
+
+    The update of a weight has the sign of its unit's error times that of the input. A code without
+    a zero sends one sign for inputs that are zero, the commonest one; units whose error has the
+    other tell them from positive inputs.
+
+    Args:
+      weight: (out, in), of which the signs count.
+      bias: (out,), likewise.
+      typical: Mean of inputs that are not positive, and of those that are.
+    """
+    other = -1 if (weight > 0).mean() >= 0.5 else 1
+    telling = np.sign(bias) == other
+    if not telling.any():
+        return np.full(weight.shape[1], typical[0])
+    positive = (np.sign(weight[telling]) == other).mean(axis=0) > 0.5
+    return np.where(positive, typical[1], typical[0])
+
+
 def within_cells(cells: Cells, layout: Layout, start: Matrix, span: tuple[float, float]) -> Matrix:
     """Return the input whose rank-one update breaks the bounds of a dense layer the least.
+
+    Distances are in units of each tensor's own bounds. Within them, nearness to what was decoded
+    decides: much where small errors are likelier, a little where all are alike.
 
     Args:
       cells: Bounds of the whole update; its first two tensors are the layer's weight and bias.
@@ -64,39 +90,39 @@ def within_cells(cells: Cells, layout: Layout, start: Matrix, span: tuple[float,
       start: (in,) where to begin.
       span: Smallest and largest value of an input.
     """
-    first, second = layout.tensors[:2]
-    shape = first.shape
-    size = float(np.abs(cells.values[: second.slice.stop]).max(initial=0.0)) or 1.0
+    weight, bias = layout.tensors[:2]
 
-    def part(values: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        scaled = torch.from_numpy(values / np.float32(size))
-        return scaled[first.slice].view(shape), scaled[second.slice]
+    def table(values: NDArray[np.float32]) -> Matrix:
+        """Return (out, in + 1): the bias is the weight of a constant input."""
+        wide = values.astype(np.float64)
+        return np.column_stack([wide[weight.slice].reshape(weight.shape), wide[bias.slice]])
 
-    low, high, values = part(cells.low), part(cells.high), part(cells.values)
-    x = torch.from_numpy(start.astype(np.float32)).clamp_(*span).requires_grad_()
-    given = x.detach()
-    fitted = values[0] @ given / given.square().sum().clamp_min(1e-12)
-    errors = fitted.clone().requires_grad_()
-    steps = torch.optim.Adam(
-        [{"params": [x], "lr": 0.02 * (span[1] - span[0])}, {"params": [errors], "lr": 0.02}]
+    low, high, values = table(cells.low), table(cells.high), table(cells.values)
+    size = float(np.abs(values).max(initial=0.0)) or 1.0
+    unit = np.maximum(high - low, _FINEST * size)
+    near = _FLAT if cells.flat else 1.0
+    inputs = weight.shape[1]
+
+    def objective(z: Matrix) -> tuple[float, Matrix]:
+        x, errors = np.append(z[:inputs], 1.0), z[inputs:] * size
+        product = np.outer(errors, x)
+        broken = (np.maximum(product - high, 0) - np.maximum(low - product, 0)) / unit
+        distance = (product - values) / unit
+        total = float((broken**2).sum() + near * (distance**2).sum())
+        slope = 2 * (broken + near * distance) / unit
+        return total, np.concatenate([(errors @ slope)[:inputs], (slope @ x) * size])
+
+    begin = np.clip(start, *span)
+    wide = np.append(begin, 1.0)
+    found = minimize(
+        objective,
+        np.concatenate([begin, values @ wide / (wide @ wide) / size]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[span] * inputs + [(None, None)] * len(values),
+        options={"maxiter": _REFINEMENTS},
     )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(steps, _REFINEMENTS)
-    for _ in range(_REFINEMENTS):
-        steps.zero_grad()
-        broken = _outside(errors[:, None] * x, low[0], high[0])
-        broken = broken + _outside(errors, low[1], high[1])
-        # What lies within the bounds is decided by nearness to what was decoded.
-        near = (errors[:, None] * x - values[0]).square().sum()
-        (broken + _NEARNESS * near).backward()  # type: ignore[no-untyped-call]
-        steps.step()
-        decay.step()
-        with torch.no_grad():
-            x.clamp_(*span)
-    found: Matrix = x.detach().numpy().astype(np.float64)
-    return found
-
-
-_NEARNESS = 0.02
+    return np.asarray(found.x[:inputs], np.float64)
 
 
 def _outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -202,7 +228,9 @@ def search(
         with float_twin(network):
             for _ in range(options.restarts):
                 start = rng.uniform(*span, (1, *shape)).astype(np.float32)
-                found, value = _descend(network, parameters, bounds, target, start, span, loss, options)
+                found, value = _descend(
+                    network, parameters, bounds, target, start, span, loss, options
+                )
                 if value < least:
                     best, least = found, value
     finally:
