@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import singledispatch
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,10 +111,11 @@ def _(
         low, rest = read_floats(frame.body, sizes.size)
         high, _ = read_floats(rest, sizes.size)
     step = _Grid(codec, low, high, sizes, frame.seed).levels[2]
-    reach = np.repeat(step * (1.0 if codec.rounding == "stochastic" else 0.5), sizes)
+    reach: NDArray[Any] = np.repeat(step * (1.0 if codec.rounding == "stochastic" else 0.5), sizes)
     # A hair wider, for the rounding of float32.
-    reach = (reach * (1 + 1e-4) + 1e-6 * np.abs(values)).astype(np.float32)
-    return Cells(values, values - reach, values + reach, flat=codec.rounding != "stochastic")
+    reach = np.asarray(reach * (1 + 1e-4) + 1e-6 * np.abs(values), np.float32)
+    low, high = values - reach, values + reach
+    return Cells(values, low, high, flat=codec.rounding != "stochastic")
 
 
 @_cells.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ Matrix = NDArray[np.float64]
 Loss = Literal["cosine", "cells"]
 
 _REFINEMENTS, _POWER = 200, 30
+#: Units averaged on either side; least error of a unit that tells anything, of the largest.
+_WINDOWS, _TELLING = (1, 2, 4, 8, 16, 32), 0.02
 #: Weight of nearness within flat cells, and the finest cell in units of the largest value.
 _FLAT, _FINEST = 0.02, 1e-6
 
@@ -130,44 +133,57 @@ def _outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (functional.relu(low - values) + functional.relu(values - high)).square().sum()
 
 
-def of_units(weight: Matrix, bias: Matrix, *, differences: bool) -> Matrix:
-    """Return a candidate input from every unit of a dense layer, (units, in).
+def of_units(weight: Matrix, bias: Matrix) -> Matrix:
+    """Return candidate inputs from the units of a layer made by :func:`imprint`, (candidates, in).
 
-    A unit that few examples excite shows their mean. With differences, of neighbouring units: the
-    layer of :func:`imprint` makes them differ by few examples.
+    Neighbouring units differ by the examples whose means lie between theirs. Where there are more
+    units than examples, many differ by the same one, and averages over them have smaller errors:
+    several widths are tried.
     """
-    if differences:
-        weight, bias = weight[:-1] - weight[1:], bias[:-1] - bias[1:]
-    largest = float(np.abs(bias).max(initial=0.0))
-    some = np.abs(bias) > 1e-3 * largest
-    return np.asarray(weight[some] / bias[some, None], np.float64)
+    found = []
+    total = np.column_stack([weight, bias])
+    sums = np.concatenate([np.zeros((1, total.shape[1])), np.cumsum(total, axis=0)])
+    units = len(total)
+    for width in _WINDOWS:
+        if 2 * width > units:
+            break
+        means = (sums[width:] - sums[:-width]) / width
+        differences = means[:-width] - means[width:]
+        errors = np.abs(differences[:, -1])
+        some = errors > _TELLING * float(errors.max(initial=0.0))
+        found.append(differences[some, :-1] / differences[some, -1:])
+    return np.concatenate(found)
 
 
-def imprint(weights: NDArray[np.float32], layout: Layout, inputs: Matrix) -> NDArray[np.float32]:
+def imprint(
+    weights: NDArray[np.float32], layout: Layout, inputs: Matrix, rng: np.random.Generator
+) -> NDArray[np.float32]:
     """Return weights of a network with one hidden layer that sorts examples by their mean.
 
     Unit k answers to inputs whose mean exceeds the k-th quantile that the server expects, and all
-    units feed the output alike: what two neighbours differ by is the examples between them.
+    units feed the output alike. They answer faintly and are heard loudly: so most of the update is
+    in the first layer, where a codec with one step for all spends its bits.
 
     Args:
       weights: (d,) of an ``mlp`` with one hidden layer; they are not changed.
       layout: Their names and shapes.
       inputs: (n, in) examples like those that are asked for.
+      rng: Decides how the output listens.
 
     Reference:
       Fowl et al. 2022, "Robbing the Fed: directly obtaining private data in federated learning with
       modified models", ICLR, section 3.
     """
     changed = weights.copy()
-    first, second, third, _ = layout.tensors
+    first, second, third, last = layout.tensors
     units, size = first.shape
     means = inputs.mean(axis=1)
     quantiles = np.quantile(means, (np.arange(units) + 0.5) / units)
-    scale = 1 / max(float(means.std()), 1e-6)
+    scale = 1 / (units * max(float(means.std()), 1e-6))
     changed[first.slice] = scale / size
     changed[second.slice] = -scale * quantiles
-    alike = np.repeat(changed[third.slice].reshape(third.shape)[:, :1], units, axis=1)
-    changed[third.slice] = (alike / units).ravel()
+    changed[third.slice] = np.repeat(rng.standard_normal(third.shape[0]), units)
+    changed[last.slice] = 0
     return changed
 
 
@@ -241,7 +257,7 @@ def search(
 
 def _descend(
     network: nn.Module,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     bounds: _Bounds,
     target: Tensor,
     start: NDArray[np.float32],

@@ -41,21 +41,24 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 8, 0)
 _HIDDEN, _IMPRINTED = 64, 256
 _CURIOUS = "An honest but curious server: it sees the decoded update of a client"
 _MALICIOUS = "A server that names a dense network to train, and sees a client's decoded update"
+_CRAFTED = "A server that names network, weights and step size so as to keep examples apart"
+#: So small that all local steps are taken from the server's weights.
+_FROZEN = 1e-6
 
 
 @register("evaluation", "reconstruction")
 class Reconstruction(Evaluation):
     """Gradient inversion of encoded updates: images, series and features, and labels.
 
-    A client with one example trains as the run says, and encodes as the run says. Attacks: the first
-    dense layer's closed form; a search for the input whose gradient fits (cosine and total
+    A client with one example trains as the run says, and encodes as the run says. Attacks: the
+    first dense layer's closed form; a search for the input whose gradient fits (cosine and total
     variation); each once with the decoded update taken at face value, and once knowing what the
     codec leaves open: intervals of uniform and dithered codes, half lines of signs. Then a client's
     whole update, and masked sums, against a layer made to keep examples apart. PSNR in dB counts
     from the span of the data; images have SSIM beside it, series and features their correlation.
 
-    Where the run's own network starts with a convolution, the closed form is against a dense network
-    that the server names instead: servers choose the model.
+    Where the run's own network starts with a convolution, the closed form is against a dense
+    network that the server names instead: servers choose model and training.
 
     Args:
       inputs: Examples for the closed form and for labels.
@@ -108,7 +111,8 @@ class _Target:
     ) -> Vector:
         """Return what training on examples does to the weights."""
         self.trainer.load(self.weights, self.state)
-        return self.trainer.train(x, y, training, seed).delta
+        delta: Vector = self.trainer.train(x, y, training, seed).delta
+        return delta
 
 
 class _Reconstruction:
@@ -132,6 +136,9 @@ class _Reconstruction:
         )
         self.codec = self._plain(self.experiment.codec)
         self.training = self.experiment.training
+        self.frozen = dataclasses.replace(
+            self.training, learning_rate=_FROZEN, weight_decay=0.0, proximal_mu=0.0
+        )
         self.own = self._target(
             registry.to_config(self.experiment.model),
             registry.to_config(self.experiment.quantization),
@@ -415,18 +422,15 @@ class _Reconstruction:
         """Return a target whose first layer keeps examples apart."""
         target = self._target({"name": "mlp", "hidden": [_IMPRINTED]}, {"name": "none"})
         flat = self.known.reshape(len(self.known), -1).astype(np.float64)
-        weights = inversion.imprint(target.weights, target.trainer.layout, flat)
+        rng = generator(derive(self.seed, "imprint"))
+        weights = inversion.imprint(target.weights, target.trainer.layout, flat, rng)
         return dataclasses.replace(target, weights=weights)
 
     def _candidates(self, target: _Target, update: Vector) -> list[Example]:
         first, second = target.trainer.layout.tensors[:2]
         weight = update[first.slice].reshape(first.shape).astype(np.float64)
         bias = update[second.slice].astype(np.float64)
-        found = [
-            inversion.of_units(weight, bias, differences=differences)
-            for differences in (True, False)
-        ]
-        return [self._input(x) for x in np.concatenate(found)]
+        return [self._input(x) for x in inversion.of_units(weight, bias)]
 
     def _nearest(self, found: Sequence[Example], truths: NDArray[np.float32]) -> Any:
         """Return, for each example, the PSNR of the candidate that is nearest to it."""
@@ -447,7 +451,7 @@ class _Reconstruction:
         x, y = data.train_inputs(rows), data.y_train[rows]
         target = self._imprinted()
         layout = target.trainer.layout
-        update = target.update(x, y, self.training, derive(self.seed, "client"))
+        update = target.update(x, y, self.frozen, derive(self.seed, "client"))
         share, details = {}, {}
         for codec in (self.codec, Identity()):
             payload = codec.encode(update, layout, derive(self.seed, "client", "encode"))
@@ -469,7 +473,7 @@ class _Reconstruction:
             twin=share[False] / len(x),
             interval=estimate.interval,
             bound="lower",
-            threat=f"{_MALICIOUS}: a layer that sorts examples by their mean (Robbing the Fed).",
+            threat=f"{_CRAFTED} (Robbing the Fed), and sees a client's decoded update.",
             budget={"examples": len(x), "units": _IMPRINTED, "candidates": len(found)},
             gates=(
                 Gate(
@@ -494,7 +498,7 @@ class _Reconstruction:
         x, y = data.train_inputs(rows), data.y_train[rows]
         layout = target.trainer.layout
         updates = [
-            target.update(x[i : i + 1], y[i : i + 1], self.training, derive(self.seed, "crowd", i))
+            target.update(x[i : i + 1], y[i : i + 1], self.frozen, derive(self.seed, "crowd", i))
             for i in range(len(x))
         ]
         bound = float(getattr(self.experiment.privacy, "clip", 0.0)) or float(
@@ -507,7 +511,7 @@ class _Reconstruction:
                 codec.decode(codec.encode(protect(update), layout, derive(self.seed, i)), layout)
                 for i, update in enumerate(updates)
             ]
-            return np.sum(decoded, axis=0, dtype=np.float64).astype(np.float32)
+            return np.asarray(np.sum(decoded, axis=0, dtype=np.float64), np.float32)
 
         def noisy(update: Vector) -> Vector:
             drawn = noise * bound * rng.standard_normal(update.size)
@@ -536,8 +540,8 @@ class _Reconstruction:
                     twin=float((plain >= RECOVERED).mean()),
                     interval=estimate.interval,
                     bound="lower",
-                    threat="A server that names a layer made to keep examples apart, and sees "
-                    "nothing but the sum over clients with one example each.",
+                    threat=f"{_CRAFTED}, and sees nothing but the sum over clients that have one "
+                    "example each.",
                     budget={"examples": len(x), "units": _IMPRINTED, "candidates": len(found)},
                     gates=(
                         Gate(
