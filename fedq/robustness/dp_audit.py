@@ -62,7 +62,7 @@ class DpAudit(Evaluation):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"canaries": 100, "rounds": 1})
 
     canaries: int = 400
-    rounds: int = 3
+    rounds: int = 10
 
     def __post_init__(self) -> None:
         if self.canaries < 50:
@@ -168,7 +168,7 @@ class _Audit:
             float(report_of["epsilon"]),
             *_fitted(scores[included], scores[~included], delta),
             one_run_epsilon(included, scores, guesses, delta),
-            one_run_epsilon(included, strangers, guesses, delta),
+            one_run_epsilon(included, strangers, guesses, delta, CONFIDENCE),
         )
 
 

@@ -22,6 +22,8 @@ from fedq.layout import Vector
 from fedq.privacy._clip import clipped
 from fedq.random import derive, generator
 from fedq.registry import register
+from fedq.results import read_summary
+from fedq.robustness import _federation as federation
 from fedq.robustness import _inversion as inversion
 from fedq.robustness._cells import Cells, cells
 from fedq.robustness._fidelity import Example, psnr, similarity
@@ -168,12 +170,15 @@ class _Reconstruction:
 
     def outcomes(self) -> list[Outcome]:
         """Return all that was found."""
-        found = self._one_example()
-        self._step()
-        if self.options.searched:
-            found.append(self._searched())
-        found.append(self._whole_client())
-        self._step()
+        if reason := federation.masks(self.experiment):
+            found = [Outcome(name="single updates", metric="PSNR", status="skipped", reason=reason)]
+        else:
+            found = self._one_example()
+            self._step()
+            if self.options.searched:
+                found.append(self._searched())
+            found.append(self._whole_client())
+            self._step()
         if self.options.crowd:
             found += self._sums()
         self._step()
@@ -501,10 +506,10 @@ class _Reconstruction:
             target.update(x[i : i + 1], y[i : i + 1], self.frozen, derive(self.seed, "crowd", i))
             for i in range(len(x))
         ]
-        bound = float(getattr(self.experiment.privacy, "clip", 0.0)) or float(
-            np.median([np.linalg.norm(update) for update in updates])
-        )
-        noise = float(getattr(self.experiment.privacy, "noise_multiplier", None) or 1.0)
+        # The server's step size makes updates as long as the run's bound; only ratios matter.
+        bound = float(np.median([np.linalg.norm(update) for update in updates]))
+        stated = (read_summary(self.subject.path) or {}).get("privacy", {})
+        noise = float(stated.get("noise_multiplier", 1.0))
 
         def total(codec: Codec, protect: Callable[[Vector], Vector]) -> Vector:
             decoded = [
