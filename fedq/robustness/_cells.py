@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +31,22 @@ class Cells:
       low: (d,) float32; minus infinity where only a sign is known.
       high: (d,) float32; infinity likewise.
       exact: Whether the update surely lies within; else the bounds are of simulated errors.
+      flat: Whether all updates within are alike likely; else those near what was decoded are
+        likelier.
     """
 
     values: Vector
     low: Vector
     high: Vector
     exact: bool = True
+    flat: bool = True
 
     def scaled(self, factor: float) -> Cells:
         """Return the cells of the update times a factor, which may be negative."""
         ends = (np.float32(factor) * self.low, np.float32(factor) * self.high)
         low, high = ends if factor > 0 else ends[::-1]
-        return Cells(np.float32(factor) * self.values, low, high, self.exact)
+        values = np.float32(factor) * self.values
+        return replace(self, values=values, low=low, high=high)
 
 
 def cells(payload: bytes, layout: Layout, surrogate: Vector) -> Cells:
@@ -77,7 +82,7 @@ def _cells(
         scale = float(np.linalg.norm(values[tensor.slice])) / own if own else 1.0
         rms = float(np.sqrt(np.square(error[tensor.slice]).mean())) if tensor.size else 0.0
         reach[tensor.slice] = _REACH * scale * rms
-    return Cells(values, values - reach, values + reach, exact=False)
+    return Cells(values, values - reach, values + reach, exact=False, flat=False)
 
 
 @_cells.register
@@ -106,10 +111,11 @@ def _(
         low, rest = read_floats(frame.body, sizes.size)
         high, _ = read_floats(rest, sizes.size)
     step = _Grid(codec, low, high, sizes, frame.seed).levels[2]
-    reach = np.repeat(step * (1.0 if codec.rounding == "stochastic" else 0.5), sizes)
+    reach: NDArray[Any] = np.repeat(step * (1.0 if codec.rounding == "stochastic" else 0.5), sizes)
     # A hair wider, for the rounding of float32.
-    reach = (reach * (1 + 1e-4) + 1e-6 * np.abs(values)).astype(np.float32)
-    return Cells(values, values - reach, values + reach)
+    reach = np.asarray(reach * (1 + 1e-4) + 1e-6 * np.abs(values), np.float32)
+    low, high = values - reach, values + reach
+    return Cells(values, low, high, flat=codec.rounding != "stochastic")
 
 
 @_cells.register
@@ -124,7 +130,7 @@ def _(codec: TopK, frame: wire.Frame, layout: Layout, values: Vector, surrogate:
     scale = float(np.linalg.norm(values)) / size if size else 1.0
     rms = scale * float(np.sqrt(np.square(error).mean()))
     reach = np.where(kept, _REACH * rms, least + _REACH * rms).astype(np.float32)
-    return Cells(values, values - reach, values + reach, exact=False)
+    return Cells(values, values - reach, values + reach, exact=False, flat=False)
 
 
 def _signs(values: Vector) -> Cells:

@@ -71,6 +71,17 @@ def clients(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64]]
     return [part for part in partition(experiment, dataset) if len(part)]
 
 
+def masks(experiment: Experiment) -> str:
+    """Return why a run's server sees no single client's coded update; empty if it does."""
+    if experiment.secure_aggregation.integers:
+        return "secure aggregation: the server of this run sees sums of updates only"
+    if experiment.privacy.integers:
+        return "clients of this run send integers with noise in place of the codec's payload"
+    if experiment.privacy.unit == "example":
+        return "clients of this run train with noise; their updates are audited by canaries"
+    return ""
+
+
 def federate(
     experiment: Experiment,
     dataset: Dataset,

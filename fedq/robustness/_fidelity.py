@@ -16,20 +16,32 @@ _WINDOW = 7
 _STABLE = (0.01, 0.03)
 
 
-def psnr(found: Example, truth: Example, span: float) -> float:
-    """Return the peak signal-to-noise ratio in dB, ``10 log10(span**2 / mse)``.
+def decibels(found: Example, truth: Example, span: float) -> float:
+    """Return how far errors lie below the signal: PSNR of images, SNR of series and features.
+
+    ``10 log10(p / mse)``, where p is the squared span of the data for images, whose blacks and
+    whites are given, and the example's own variance for others, whose extremes are rare.
 
     Args:
       found: The reconstruction.
-      truth: The example, of the same shape.
-      span: Largest minus smallest value that inputs have.
+      truth: The example, of the same shape: (C, H, W), (C, T) or (F,).
+      span: Largest minus smallest value that images have.
 
     Example:
-      >>> round(psnr(np.full((1, 8, 8), 0.1, np.float32), np.zeros((1, 8, 8), np.float32), 1.0))
+      >>> black = np.zeros((1, 8, 8), np.float32)
+      >>> round(decibels(black + np.float32(0.1), black, 1.0))
       20
     """
     error = float(np.square(found.astype(np.float64) - truth).mean())
-    return min(MOST_DB, 10 * math.log10(span**2 / error)) if error > 0 else MOST_DB
+    return ratio(error, truth, span)
+
+
+def ratio(error: float, truth: Example, span: float) -> float:
+    """Return the decibels of a mean squared error, within +-100."""
+    power = span**2 if truth.ndim == 3 else float(truth.var(dtype=np.float64))
+    if error == 0 or power == 0:
+        return MOST_DB if error == 0 else -MOST_DB
+    return min(max(10 * math.log10(power / error), -MOST_DB), MOST_DB)
 
 
 def ssim(found: Example, truth: Example, span: float) -> float:

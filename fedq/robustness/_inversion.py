@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,7 +21,11 @@ from fedq.robustness._cells import Cells
 Matrix = NDArray[np.float64]
 Loss = Literal["cosine", "cells"]
 
-_REFINEMENTS, _POWER = 150, 30
+_REFINEMENTS, _POWER = 200, 30
+#: Units averaged on either side; least error of a unit that tells anything, of the largest.
+_WINDOWS, _TELLING = (1, 2, 4, 8, 16, 32), 0.02
+#: Weight of nearness within flat cells, and the finest cell in units of the largest value.
+_FLAT, _FINEST = 0.02, 1e-6
 
 
 def least_squares(weight: Matrix, bias: Matrix) -> Matrix:
@@ -55,8 +61,31 @@ def rank_one(weight: Matrix, bias: Matrix) -> Matrix:
     return right * float(left @ weight @ right) / along if along else right
 
 
+def from_signs(weight: Matrix, bias: Matrix, typical: tuple[float, float]) -> Matrix:
+    """Return a dense layer's input from the signs of its update alone, (in,).
+
+    The update of a weight has the sign of its unit's error times that of the input. A code without
+    a zero sends one sign for inputs that are zero, the commonest one; units whose error has the
+    other tell them from positive inputs.
+
+    Args:
+      weight: (out, in), of which the signs count.
+      bias: (out,), likewise.
+      typical: Mean of inputs that are not positive, and of those that are.
+    """
+    other = -1 if (weight > 0).mean() >= 0.5 else 1
+    telling = np.sign(bias) == other
+    if not telling.any():
+        return np.full(weight.shape[1], typical[0])
+    positive = (np.sign(weight[telling]) == other).mean(axis=0) > 0.5
+    return np.where(positive, typical[1], typical[0])
+
+
 def within_cells(cells: Cells, layout: Layout, start: Matrix, span: tuple[float, float]) -> Matrix:
     """Return the input whose rank-one update breaks the bounds of a dense layer the least.
+
+    Distances are in units of each tensor's own bounds. Within them, nearness to what was decoded
+    decides: much where small errors are likelier, a little where all are alike.
 
     Args:
       cells: Bounds of the whole update; its first two tensors are the layer's weight and bias.
@@ -64,39 +93,39 @@ def within_cells(cells: Cells, layout: Layout, start: Matrix, span: tuple[float,
       start: (in,) where to begin.
       span: Smallest and largest value of an input.
     """
-    first, second = layout.tensors[:2]
-    shape = first.shape
-    size = float(np.abs(cells.values[: second.slice.stop]).max(initial=0.0)) or 1.0
+    weight, bias = layout.tensors[:2]
 
-    def part(values: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        scaled = torch.from_numpy(values / np.float32(size))
-        return scaled[first.slice].view(shape), scaled[second.slice]
+    def table(values: NDArray[np.float32]) -> Matrix:
+        """Return (out, in + 1): the bias is the weight of a constant input."""
+        wide = values.astype(np.float64)
+        return np.column_stack([wide[weight.slice].reshape(weight.shape), wide[bias.slice]])
 
-    low, high, values = part(cells.low), part(cells.high), part(cells.values)
-    x = torch.from_numpy(start.astype(np.float32)).clamp_(*span).requires_grad_()
-    given = x.detach()
-    fitted = values[0] @ given / given.square().sum().clamp_min(1e-12)
-    errors = fitted.clone().requires_grad_()
-    steps = torch.optim.Adam(
-        [{"params": [x], "lr": 0.02 * (span[1] - span[0])}, {"params": [errors], "lr": 0.02}]
+    low, high, values = table(cells.low), table(cells.high), table(cells.values)
+    size = float(np.abs(values).max(initial=0.0)) or 1.0
+    unit = np.maximum(high - low, _FINEST * size)
+    near = _FLAT if cells.flat else 1.0
+    inputs = weight.shape[1]
+
+    def objective(z: Matrix) -> tuple[float, Matrix]:
+        x, errors = np.append(z[:inputs], 1.0), z[inputs:] * size
+        product = np.outer(errors, x)
+        broken = (np.maximum(product - high, 0) - np.maximum(low - product, 0)) / unit
+        distance = (product - values) / unit
+        total = float((broken**2).sum() + near * (distance**2).sum())
+        slope = 2 * (broken + near * distance) / unit
+        return total, np.concatenate([(errors @ slope)[:inputs], (slope @ x) * size])
+
+    begin = np.clip(start, *span)
+    wide = np.append(begin, 1.0)
+    found = minimize(
+        objective,
+        np.concatenate([begin, values @ wide / (wide @ wide) / size]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[span] * inputs + [(None, None)] * len(values),
+        options={"maxiter": _REFINEMENTS},
     )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(steps, _REFINEMENTS)
-    for _ in range(_REFINEMENTS):
-        steps.zero_grad()
-        broken = _outside(errors[:, None] * x, low[0], high[0])
-        broken = broken + _outside(errors, low[1], high[1])
-        # What lies within the bounds is decided by nearness to what was decoded.
-        near = (errors[:, None] * x - values[0]).square().sum()
-        (broken + _NEARNESS * near).backward()  # type: ignore[no-untyped-call]
-        steps.step()
-        decay.step()
-        with torch.no_grad():
-            x.clamp_(*span)
-    found: Matrix = x.detach().numpy().astype(np.float64)
-    return found
-
-
-_NEARNESS = 0.02
+    return np.asarray(found.x[:inputs], np.float64)
 
 
 def _outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -104,44 +133,57 @@ def _outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (functional.relu(low - values) + functional.relu(values - high)).square().sum()
 
 
-def of_units(weight: Matrix, bias: Matrix, *, differences: bool) -> Matrix:
-    """Return a candidate input from every unit of a dense layer, (units, in).
+def of_units(weight: Matrix, bias: Matrix) -> Matrix:
+    """Return candidate inputs from the units of a layer made by :func:`imprint`, (candidates, in).
 
-    A unit that few examples excite shows their mean. With differences, of neighbouring units: the
-    layer of :func:`imprint` makes them differ by few examples.
+    Neighbouring units differ by the examples whose means lie between theirs. Where there are more
+    units than examples, many differ by the same one, and averages over them have smaller errors:
+    several widths are tried.
     """
-    if differences:
-        weight, bias = weight[:-1] - weight[1:], bias[:-1] - bias[1:]
-    largest = float(np.abs(bias).max(initial=0.0))
-    some = np.abs(bias) > 1e-3 * largest
-    return np.asarray(weight[some] / bias[some, None], np.float64)
+    found = []
+    total = np.column_stack([weight, bias])
+    sums = np.concatenate([np.zeros((1, total.shape[1])), np.cumsum(total, axis=0)])
+    units = len(total)
+    for width in _WINDOWS:
+        if 2 * width > units:
+            break
+        means = (sums[width:] - sums[:-width]) / width
+        differences = means[:-width] - means[width:]
+        errors = np.abs(differences[:, -1])
+        some = errors > _TELLING * float(errors.max(initial=0.0))
+        found.append(differences[some, :-1] / differences[some, -1:])
+    return np.concatenate(found)
 
 
-def imprint(weights: NDArray[np.float32], layout: Layout, inputs: Matrix) -> NDArray[np.float32]:
+def imprint(
+    weights: NDArray[np.float32], layout: Layout, inputs: Matrix, rng: np.random.Generator
+) -> NDArray[np.float32]:
     """Return weights of a network with one hidden layer that sorts examples by their mean.
 
     Unit k answers to inputs whose mean exceeds the k-th quantile that the server expects, and all
-    units feed the output alike: what two neighbours differ by is the examples between them.
+    units feed the output alike. They answer faintly and are heard loudly: so most of the update is
+    in the first layer, where a codec with one step for all spends its bits.
 
     Args:
       weights: (d,) of an ``mlp`` with one hidden layer; they are not changed.
       layout: Their names and shapes.
       inputs: (n, in) examples like those that are asked for.
+      rng: Decides how the output listens.
 
     Reference:
       Fowl et al. 2022, "Robbing the Fed: directly obtaining private data in federated learning with
       modified models", ICLR, section 3.
     """
     changed = weights.copy()
-    first, second, third, _ = layout.tensors
+    first, second, third, last = layout.tensors
     units, size = first.shape
     means = inputs.mean(axis=1)
     quantiles = np.quantile(means, (np.arange(units) + 0.5) / units)
-    scale = 1 / max(float(means.std()), 1e-6)
+    scale = 1 / (units * max(float(means.std()), 1e-6))
     changed[first.slice] = scale / size
     changed[second.slice] = -scale * quantiles
-    alike = np.repeat(changed[third.slice].reshape(third.shape)[:, :1], units, axis=1)
-    changed[third.slice] = (alike / units).ravel()
+    changed[third.slice] = np.repeat(rng.standard_normal(third.shape[0]), units)
+    changed[last.slice] = 0
     return changed
 
 
@@ -215,7 +257,7 @@ def search(
 
 def _descend(
     network: nn.Module,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     bounds: _Bounds,
     target: Tensor,
     start: NDArray[np.float32],

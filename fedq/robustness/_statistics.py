@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import beta, rankdata
+from scipy.stats import t as student
 
 from fedq.errors import ConfigError
 
@@ -63,6 +64,16 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Es
     if successes < trials:
         high = float(beta.ppf(1 - tail, successes + 1, trials - successes))
     return Estimate(successes / trials, low, high)
+
+
+def mean(values: NDArray[Any], confidence: float = 0.95) -> Estimate:
+    """Return a mean with Student's interval; that of one value has no ends."""
+    found = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(found, -math.inf, math.inf)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    reach = float(student.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return Estimate(found, found - reach, found + reach)
 
 
 def auc(members: NDArray[Any], others: NDArray[Any], confidence: float = 0.95) -> Estimate:
