@@ -104,3 +104,21 @@ def roc_auc(positive: NDArray[Any], scores: NDArray[Any]) -> float:
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # from 1, ties in the middle
     return float((ranks[positive].sum() - wins * (wins + 1) / 2) / (wins * losses))
+
+
+def recordings_auc(truths: NDArray[Any], errors: NDArray[Any]) -> float:
+    """Return the mean area over machines, of recordings by the mean error of their parts.
+
+    NaN if no machine has recordings of both kinds.
+
+    Args:
+      truths: (n, 3) per part: whether it is anomalous, its recording and its machine.
+      errors: (n,) larger for what is more likely anomalous.
+    """
+    _, first, place = np.unique(truths[:, 1], return_index=True, return_inverse=True)
+    scores = np.bincount(place, errors.astype(np.float64)) / np.bincount(place)
+    anomalous, machines = truths[first, 0], truths[first, 2]
+    areas = np.array(
+        [roc_auc(anomalous[machines == m], scores[machines == m]) for m in np.unique(machines)]
+    )
+    return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")

@@ -70,6 +70,8 @@ class _Converter:
         self.nodes: list[fx.Node] = list(self.module.graph.nodes)
         self.shapes = _shapes(self.module, input_shape)
         self.values: dict[fx.Node, Value] = {}
+        #: Zeros around a value that is not padded yet: the convolutions behind it do that.
+        self.zeros: dict[fx.Node, Pairs] = {}
         self.operators: list[Operator] = []
         self.done: set[fx.Node] = set()
 
@@ -101,6 +103,10 @@ class _Converter:
             self._name(node, self._max_pool(node, self._value(node.all_input_nodes[0])))
         elif isinstance(module, nn.Flatten) or target in _FLATTEN:
             self._flatten(node)
+        elif isinstance(module, nn.ZeroPad1d | nn.ZeroPad2d):
+            self._pad(node)
+        elif target is operator.getitem:
+            self._last_step(node)
         else:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 emit = self._layer
@@ -138,7 +144,7 @@ class _Converter:
                 _graph.Conv(
                     weights=weights,
                     stride=tuple(layer.stride),
-                    padding=_padding(layer),
+                    padding=_around(_padding(layer), self.zeros.get(node.all_input_nodes[0], ())),
                     dilation=tuple(layer.dilation),
                     groups=layer.groups,
                     activation=activation,
@@ -246,6 +252,33 @@ class _Converter:
         self.operators.append(
             _graph.Flatten(path=self._path(node), inputs=(source,), output=output)
         )
+        self._name(node, output)
+
+    def _pad(self, node: fx.Node) -> None:
+        """Leave zeros to the convolutions that read them: they are on every grid."""
+        for user in node.users:
+            if not isinstance(self._module(user), _CONVOLUTIONS):
+                raise self._unsupported(node, "before anything but convolutions")
+        module = self._module(node)
+        assert isinstance(module, nn.ZeroPad1d | nn.ZeroPad2d)
+        sides = [int(n) for n in module.padding]
+        if min(sides) < 0:
+            raise self._unsupported(node, "that crops")
+        pad = tuple(zip(sides[-2::-2], sides[::-2], strict=True))  # last extent first in torch
+        self._name(node, self._value(node.all_input_nodes[0]))
+        self.zeros[node] = pad
+
+    def _last_step(self, node: fx.Node) -> None:
+        (source,), index = node.all_input_nodes, node.args[1]
+        value = self._value(source)
+        rest: tuple[Any, ...] = (slice(None), slice(None))
+        if len(value.shape) != 2 or index not in ((..., -1), (*rest, -1)):
+            raise self._unsupported(node, "of anything but a series' last step")
+        path = self._path(node)
+        last = Value(f"{node.name}_step", (value.shape[0], 1), value.grid)
+        output = Value(node.name, self.shapes[node], value.grid)
+        self.operators.append(_graph.LastStep(path=path, inputs=(value,), output=last))
+        self.operators.append(_graph.Flatten(path=path, inputs=(last,), output=output))
         self._name(node, output)
 
     def _max_pool(self, node: fx.Node, source: Value) -> Value:
@@ -438,6 +471,13 @@ def _array(tensor: Tensor) -> NDArray[np.float64]:
 
 def _tuple(value: Any, extents: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,) * extents
+
+
+def _around(inner: Pairs, outer: Pairs) -> Pairs:
+    """Return both paddings of a convolution as one."""
+    if not outer:
+        return inner
+    return tuple((a + c, b + d) for (a, b), (c, d) in zip(inner, outer, strict=True))
 
 
 def _padding(layer: nn.Conv1d | nn.Conv2d) -> Pairs:

@@ -121,6 +121,11 @@ class Flatten(Operator):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LastStep(Operator):
+    """The last step of a series, which stays one of length 1; the grid stays."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Requantize(Operator):
     """The same value on another grid, with a fused activation."""
 

@@ -38,6 +38,8 @@ def _step(op: Operator, values: dict[Value, Tensor]) -> Tensor:
             x = functional.pad(x, pad, value=float(-(2**20)))
             pool = functional.max_pool1d if len(op.kernel) == 1 else functional.max_pool2d
             return pool(x, op.kernel, op.stride)
+        case _graph.LastStep():
+            return x[..., -1:]
         case _graph.Concat():
             return torch.cat([values[value] for value in op.inputs], 1)
         case _graph.Conv() | _graph.Linear():

@@ -145,6 +145,8 @@ class _Program(nn.Module):
                 return x.mean(tuple(range(2, x.dim())), keepdim=True)
             case _graph.Flatten():
                 return x.flatten(1)
+            case _graph.LastStep():
+                return x[..., -1:]
             case _graph.Concat():
                 return torch.cat(reads, 1)
             case _graph.Requantize():

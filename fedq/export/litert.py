@@ -39,6 +39,7 @@ _VERSIONS = {
     "RELU": 2,
     "RELU6": 2,
     "RESHAPE": 1,
+    "STRIDED_SLICE": 2,
     "TRANSPOSE": 2,
 }
 
@@ -153,6 +154,8 @@ class _Writer:
                 self._emit("MEAN", reads, self._value(op.output), options)
             case _graph.Flatten():
                 self._flatten(op)
+            case _graph.LastStep():
+                self._last_step(op)
             case _graph.Concat():
                 options = schema.ConcatenationOptionsT()
                 options.axis = len(_shape(op.output.shape)) - 1
@@ -249,6 +252,21 @@ class _Writer:
         options.newShape = [1, *op.output.shape]
         new = self._constant(f"{op.output.name}_shape", np.array(options.newShape, np.int32))
         self._emit("RESHAPE", [source, new], self._value(op.output), options)
+
+    def _last_step(self, op: _graph.LastStep) -> None:
+        options = self.schema.StridedSliceOptionsT()
+        _, height, length, channels = _shape(op.input.shape)
+        bounds = {
+            "start": [0, 0, length - 1, 0],
+            "end": [1, height, length, channels],
+            "stride": [1, 1, 1, 1],
+        }
+        constants = [
+            self._constant(f"{op.output.name}_{key}", np.array(value, np.int32))
+            for key, value in bounds.items()
+        ]
+        reads = [self.index[op.input], *constants]
+        self._emit("STRIDED_SLICE", reads, self._value(op.output), options)
 
     def _requantize(self, op: _graph.Requantize) -> None:
         if op.activation == "none" and not self.integer:

@@ -144,6 +144,14 @@ class _Writer:
                 kind, attributes = "GlobalAveragePool", {}
             case _graph.Flatten():
                 kind, attributes = "Flatten", {"axis": 1}
+            case _graph.LastStep():
+                length = op.input.shape[1]
+                name = op.output.name
+                reads += [
+                    self._constant(f"{name}_{key}", np.array([value], np.int64))
+                    for key, value in (("start", length - 1), ("end", length), ("axis", 2))
+                ]
+                kind, attributes = "Slice", {}
             case _graph.Concat():
                 kind, attributes = "Concat", {"axis": 1}
             case _graph.Requantize():

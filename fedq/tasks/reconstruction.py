@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedq.metrics import AUC, Metric, roc_auc
+from fedq.metrics import AUC, Metric, recordings_auc
 from fedq.registry import register
 from fedq.tasks.base import Reduction, Task
 
@@ -43,11 +43,4 @@ class Reconstruction(Task):
 
     def score(self, judged: NDArray[Any], truths: NDArray[Any]) -> float:
         """Return the mean area over machines that have recordings of both kinds."""
-        _, first, place = np.unique(truths[:, 1], return_index=True, return_inverse=True)
-        errors = np.bincount(place, judged.astype(np.float64)) / np.bincount(place)
-        anomalous, machines = truths[first, 0], truths[first, 2]
-        areas = [
-            roc_auc(anomalous[machines == machine], errors[machines == machine])
-            for machine in np.unique(machines)
-        ]
-        return float(np.nanmean(areas)) if not np.isnan(areas).all() else float("nan")
+        return recordings_auc(truths, judged)
