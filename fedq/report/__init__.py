@@ -17,13 +17,17 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedq.errors import ConfigError, FedqError
+from fedq.report import study_plots, study_tables
+from fedq.report.page import page
 from fedq.report.plots import plot_accuracy_vs_bytes
-from fedq.report.runs import EqualAccuracy, Run, equal_accuracy, find_runs, load_run
-from fedq.report.tables import comparison_table, note, to_csv, to_markdown
+from fedq.report.runs import EqualAccuracy, Run, equal_accuracy, find_runs, load_run, survey
+from fedq.report.study import Study, remarks
+from fedq.report.tables import comparison_table, note, records, to_csv, to_markdown
 
 __all__ = [
     "EqualAccuracy",
     "Run",
+    "Study",
     "comparison_table",
     "equal_accuracy",
     "find_runs",
@@ -34,41 +38,98 @@ __all__ = [
     "to_markdown",
 ]
 
-PLOT, MARKDOWN, CSV = "accuracy_vs_bytes.png", "report.md", "report.csv"
+PLOT = "accuracy_vs_bytes"
+_FEW = 8  # runs whose curves one picture can name
 
 
 def report(
-    paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    reference: str | None = None,
 ) -> RenderableType:
     """Compare runs: write the files and return what to print.
 
     One run directory (its float baseline belongs to it) gets ``accuracy_vs_bytes.png``. Several,
-    or a sweep's directory, get the plot, ``report.md`` and ``report.csv``.
+    or a sweep's directory, are a study and get
+
+    =========================  ==================================================================
+    ``report.html``            everything, to look at and to play with
+    ``report.md``              tables of methods and of runs
+    ``summary.csv .tex``       methods: means, intervals, differences from the reference
+    ``report.csv``             runs
+    ``*.parquet``              both, if pyarrow is there
+    ``accuracy_vs_*``          curves, as PNG and SVG
+    ``pareto_*``               final accuracy against what it cost, as PNG and SVG
+    =========================  ==================================================================
 
     Args:
       paths: Run directories, or directories that hold some.
       out: Where to write; by default the one path that was given, or ``report/`` for several.
+      reference: The method that others are compared with, by its name in the table; by default
+        float.
 
     Raises:
       ConfigError: If a path holds no run, or no run has results.
-      FedqError: If files are damaged or cannot be written.
+      FedqError: If a named run's files are damaged, or files cannot be written.
     """
     if not paths:
         raise ConfigError("name at least one run directory, such as runs/2026-11-23_14-05-33")
-    runs = find_runs(paths)
+    found = survey(paths)
+    runs = found.runs
     folder = Path(out) if out is not None else Path(paths[0] if len(paths) == 1 else "report")
-    written = []
+    said = [note(runs)]
+    shown: RenderableType = comparison_table(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(run.curve for run in runs):
-            written.append(plot_accuracy_vs_bytes(runs, folder / PLOT))
-        if folder != runs[0].path:
-            for name, text in ((MARKDOWN, to_markdown(runs)), (CSV, to_csv(runs))):
-                (folder / name).write_text(text, encoding="utf-8")
-                written.append(folder / name)
+        if folder == runs[0].path:
+            named = [f"{PLOT}.png"] if any(run.curve for run in runs) else []
+            written = [plot_accuracy_vs_bytes(runs, folder / name) for name in named]
+        else:
+            study = Study.of(runs, reference)
+            doubts = [f"left out: {path}: {reason}" for path, reason in found.left_out.items()]
+            doubts += remarks(runs)
+            if len(study.methods) < len(runs) or len(study.tasks) > 1:
+                shown, said = study_tables.table(study), []
+            written, hints = _write(study, runs, folder, doubts)
+            said += [*doubts, *hints]
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror}; name another folder with --out"
         raise FedqError(message) from error
-    lines = [note(runs), *(f"wrote {path}" for path in written)]
-    texts = [Text(line, overflow="fold") for line in lines if line]
-    return Group(comparison_table(runs), Text(), *texts)
+    said += [f"wrote {path}" for path in written]
+    texts = [Text(line, overflow="fold") for line in said if line]
+    return Group(shown, Text(), *texts)
+
+
+def _write(
+    study: Study, runs: Sequence[Run], folder: Path, doubts: Sequence[str]
+) -> tuple[list[Path], list[str]]:
+    """Write all files of a study; return them, and what is missing for others."""
+    listed = "\n".join(f"- {line}" for line in doubts)
+    texts = {
+        "report.html": page(study, doubts),
+        "report.md": "\n".join([study_tables.to_markdown(study), "## Runs\n", to_markdown(runs)])
+        + (f"\n{listed}\n" if listed else ""),
+        "summary.csv": study_tables.to_csv(study),
+        "summary.tex": study_tables.to_latex(study),
+        "report.csv": to_csv(runs),
+    }
+    written = []
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        written.append(folder / name)
+    rows = {
+        "summary.parquet": [study_tables.record(study, method) for method in study.methods],
+        "report.parquet": records(runs),
+    }
+    hints = []
+    for name, table in rows.items():
+        hint = study_tables.write_parquet(table, folder / name)
+        hints += [hint] if hint else []
+        written += [] if hint else [folder / name]
+    if any(run.curve for run in runs):
+        few = len(runs) <= _FEW and len(study.methods) == len(runs)
+        if few:
+            pictures = [f"{PLOT}.png", f"{PLOT}.svg"]
+            written += [plot_accuracy_vs_bytes(runs, folder / name) for name in pictures]
+        written += study_plots.write(study, folder, curves_of_bytes=not few)
+    return written, hints

@@ -71,15 +71,20 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
 def to_csv(runs: Sequence[Run]) -> str:
     """Return the comparison as CSV: plain numbers, accuracy in [0, 1], sizes in bytes."""
-    records = [
+    rows = records(runs)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return all that the tables know of each run, for CSV and Parquet."""
+    return [
         _record(run, label, reference_for(run, runs))
         for run, label in zip(runs, labels(runs), strict=True)
     ]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
 
 
 def note(runs: Sequence[Run]) -> str:
