@@ -202,9 +202,9 @@ def cells(study: Study, method: Method) -> dict[str, str]:
     """Return a method's row as text, by the keys of ``HEADERS``."""
     reached = study.to_reach(method)
     on_front = study.on_front(method, "total_bytes")
-    some = all(not run.finished for run in method.runs)
+    begun = not any(run.finished for run in method.runs)
     return {
-        "method": f"{method.label}{' *' if on_front else ''}{' (unfinished)' if some else ''}",
+        "method": f"{method.label}{' *' if on_front else ''}{' (unfinished)' if begun else ''}",
         "seeds": str(len(method.finished)),
         "accuracy": _percent(method.mean("accuracy")),
         "difference": "reference" if method.is_reference else _difference(study.against(method)),
