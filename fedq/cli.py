@@ -248,10 +248,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser(
-        "report", help="tables and plots over runs", description="Compare runs.", allow_abbrev=False
+        "report",
+        help="tables, plots and a page over runs",
+        description="Compare runs: means and intervals over seeds, Pareto fronts, curves.",
+        epilog="examples: fedq report runs/study    fedq report runs/a runs/b --reference QSGD",
+        allow_abbrev=False,
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="directory for the plot and the tables")
+    report.add_argument("--out", type=Path, help="directory for page, tables and plots")
+    report.add_argument(
+        "--reference", metavar="METHOD", help="what others are compared with (default: float)"
+    )
     report.set_defaults(run=_report)
 
     watch = commands.add_parser(
@@ -354,10 +361,10 @@ def _simulate(options: argparse.Namespace, rest: list[str]) -> int:
     _no_flags(rest)
     overrides = [*options.overrides, *rest]
     from fedq import config
-    from fedq.results import holds_run
+    from fedq.sweep import holds_sweep
 
     resume = config.option(overrides, "resume")
-    if options.multirun or (resume is not None and not holds_run(str(resume))):
+    if options.multirun or (resume is not None and holds_sweep(Path(str(resume)))):
         return _sweep(overrides, options.jobs, keep_going=options.keep_going)
     if options.jobs is not None or options.keep_going:
         raise ConfigError("--jobs and --keep-going are for sweeps; add -m")
@@ -584,7 +591,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
     from fedq.report import report
 
-    Console().print(report(options.runs, options.out))
+    Console().print(report(options.runs, options.out, options.reference))
     return 0
 
 

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -171,7 +172,7 @@ def _compose(*lines: str) -> tuple[dict[str, Any], dict[str, Any]]:
         with open_dict(composed):
             del composed["hydra"]
         config = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"the configuration does not compose: {_one_line(error)}") from error
     assert isinstance(config, dict)
     assert isinstance(sweeper, dict)

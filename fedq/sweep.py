@@ -154,6 +154,11 @@ def planned(base: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     return cells
 
 
+def holds_sweep(base: Path) -> bool:
+    """Whether a directory is that of a sweep, not of a single run."""
+    return not holds_run(base) and any(manifests(base))
+
+
 def manifests(base: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the baselines and cells of a sweep; what is damaged is left alone."""
     for folder in (base / BASELINES, base):

@@ -310,12 +310,12 @@ def test_report_of_one_run_writes_into_it(pair: Path) -> None:
 def test_report_of_several(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = write_run(tmp_path / "b", "other")
     report([pair, other], out=tmp_path / "out")
-    names = ["accuracy_vs_bytes.png", "report.csv", "report.md"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    names = {"accuracy_vs_bytes.png", "accuracy_vs_bytes.svg", "report.csv", "report.md"}
+    assert names <= {path.name for path in (tmp_path / "out").iterdir()}
     assert len(rows((tmp_path / "out/report.csv").read_text())) == 3
     monkeypatch.chdir(tmp_path)
     report([pair, other])
-    assert sorted(path.name for path in Path("report").iterdir()) == names
+    assert names <= {path.name for path in Path("report").iterdir()}
     report([tmp_path])  # a sweep's directory
     assert (tmp_path / "report.md").exists()
 

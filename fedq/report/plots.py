@@ -43,7 +43,7 @@ class _Line:
 
 
 def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
-    """Draw test accuracy of the deployed model against bytes sent, as a 1600 x 1000 PNG.
+    """Draw test accuracy of the deployed model against bytes sent, as PNG (1600 x 1000) or SVG.
 
     Or the metric of another task: that of the first run, and of the runs that share it.
     One line per run over the bytes of both directions so far (logarithmic), as measured, without
@@ -52,7 +52,7 @@ def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) ->
 
     Args:
       runs: At least one run with an evaluated round.
-      path: The PNG to write.
+      path: The file to write; its suffix says which kind.
 
     Raises:
       ConfigError: If no run has an evaluated round.
@@ -80,9 +80,22 @@ def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) ->
         legend = axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="white")
         for text in legend.get_texts():
             text.set_parse_math(False)
-    temporary = path.with_name(f".{path.name}.tmp")
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as its suffix says; the same figure gives the same bytes.
+
+    Raises:
+      FedqError: If it cannot be written.
+    """
+    import matplotlib
+
+    about: dict[str, None] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
+            figure.savefig(temporary, metadata=about)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,14 @@ from fedq.metrics import ACCURACY, Metric, metric_of
 BASELINE = "baseline"
 #: "Equal" is what is worth this part of the float run's final score, if both runs reach it.
 EQUAL_PART = 0.99
+#: What a run spends: sums over rounds of these keys of ``rounds.jsonl``.
+COSTS: dict[str, tuple[str, ...]] = {
+    "total_bytes": ("uplink_bytes", "downlink_bytes"),
+    "uplink_bytes": ("uplink_bytes",),
+    "downlink_bytes": ("downlink_bytes",),
+    "simulated_seconds": ("simulated_seconds",),
+    "joules": ("joules",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Run:
         choice = self.config.get("codec")
         return registry.describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
 
-    @property
+    @cached_property
     def is_float(self) -> bool:
         """Whether nothing on the wire was compressed: what the others are compared with."""
         wire = (self.config.get("codec"), self.config.get("downlink"))
@@ -71,6 +80,32 @@ class Run:
         """What its models are judged by: accuracy, for a classification."""
         found = (metric_of(record) for record in (self.summary, *self.rounds))
         return next((metric for metric in found if metric), ACCURACY)
+
+    @cached_property
+    def place(self) -> Path:
+        """Its directory, without links."""
+        return self.path.resolve()
+
+    @cached_property
+    def task(self) -> str:
+        """Data and partition, as a key to compare."""
+        return json.dumps([self.config.get(key) for key in ("data", "partition")], sort_keys=True)
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed."""
+        found = number(self.config.get("seed", self.summary.get("seed")))
+        return None if found is None else int(found)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy of the deployed model at the end, in [0, 1]."""
+        return self._final("accuracy")
+
+    @property
+    def float_accuracy(self) -> float | None:
+        """Test accuracy of its float twin, in [0, 1]."""
+        return self._final("float_accuracy")
 
     @property
     def score(self) -> float | None:
@@ -126,8 +161,8 @@ class Run:
     def seconds(self) -> float | None:
         """Wall-clock time of the run."""
         if "seconds" in self.summary:
-            return _number(self.summary["seconds"])
-        times = [_number(record.get("seconds")) for record in self.rounds]
+            return number(self.summary["seconds"])
+        times = [number(record.get("seconds")) for record in self.rounds]
         return sum(time for time in times if time is not None) if any(times) else None
 
     @cached_property
@@ -138,12 +173,42 @@ class Run:
         """
         points, total = [], 0.0
         for record in self.rounds:
-            total += _number(record.get("uplink_bytes")) or 0
-            total += _number(record.get("downlink_bytes")) or 0
-            score = _number(record.get(self.metric.name))
+            total += number(record.get("uplink_bytes")) or 0
+            total += number(record.get("downlink_bytes")) or 0
+            score = number(record.get(self.metric.name))
             if score is not None and total > 0:
                 points.append((total, score))
         return tuple(points)
+
+    @cached_property
+    def costs(self) -> dict[str, list[float]]:
+        """Round, accuracy and what was spent so far, at each evaluated round of training.
+
+        Keys are ``round``, ``accuracy`` and those of :data:`COSTS` that the rounds tell of.
+        """
+        told = {
+            name: keys
+            for name, keys in COSTS.items()
+            if any(number(record.get(key)) for record in self.rounds for key in keys)
+        }
+        sums = dict.fromkeys(told, 0.0)
+        found: dict[str, list[float]] = {name: [] for name in ("round", "accuracy", *told)}
+        for record in self.rounds:
+            for name, keys in told.items():
+                sums[name] += sum(number(record.get(key)) or 0.0 for key in keys)
+            accuracy = number(record.get("accuracy"))
+            if accuracy is not None and record["round"] > 0:
+                found["round"].append(record["round"])
+                found["accuracy"].append(accuracy)
+                for name, value in sums.items():
+                    found[name].append(value)
+        return found
+
+    def spent(self, key: str) -> float | None:
+        """Return the sum of a key over all rounds; None if no round has it."""
+        values = [number(record.get(key)) for record in self.rounds]
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
 
     def bytes_to_reach(self, level: float) -> float | None:
         """Return the bytes spent when a round first ended as good as ``level``, else None."""
@@ -151,20 +216,20 @@ class Run:
         return next((total for total, score in self.curve if reached(score, level)), None)
 
     def _final(self, key: str) -> float | None:
-        found = _number(self.summary.get(key))
+        found = number(self.summary.get(key))
         if found is not None:
             return found
-        seen = [_number(record.get(key)) for record in self.rounds]
+        seen = [number(record.get(key)) for record in self.rounds]
         return next((value for value in reversed(seen) if value is not None), None)
 
     def _total(self, key: str) -> int:
-        found = _number(self.summary.get(key))
+        found = number(self.summary.get(key))
         if found is None:
-            found = sum(_number(record.get(key)) or 0 for record in self.rounds)
+            found = sum(number(record.get(key)) or 0 for record in self.rounds)
         return int(found)
 
     def _bits(self, direction: str) -> float | None:
-        found = _number(self.summary.get(f"{direction}_bits_per_parameter"))
+        found = number(self.summary.get(f"{direction}_bits_per_parameter"))
         if found is None and (whole := self._total(f"float32_{direction}_bytes")):
             found = 32 * self._total(f"{direction}_bytes") / whole
         return found
@@ -283,10 +348,15 @@ def _with_baseline(path: Path) -> list[Path]:
 
 
 def reference_for(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the float run that ``run`` is compared with: its own baseline, or the first."""
+    """Return the float run that ``run`` is compared with.
+
+    That is its own baseline, else the first of the same task and seed, or of the same task, or any.
+    """
     floats = [other for other in runs if other.is_float or other.path.name == BASELINE]
-    own = [other for other in floats if other.path.resolve() in run.compared_with]
-    return next(iter(own + floats), None)
+    own = [other for other in floats if other.place in run.compared_with]
+    task = [other for other in floats if other.task == run.task]
+    seed = [other for other in task if other.seed == run.seed]
+    return next(iter(own + seed + task + floats), None)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -299,7 +369,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [path.relative_to(root).as_posix() for path in paths]
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
+    """Return a number that a file holds, None if it is something else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     return None

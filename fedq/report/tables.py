@@ -74,16 +74,21 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
 def to_csv(runs: Sequence[Run]) -> str:
     """Return the comparison as CSV: plain numbers, accuracy in [0, 1], sizes in bytes."""
-    records = [
+    rows = records(runs)
+    out = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return all that the tables know of each run, for CSV and Parquet."""
+    return [
         _record(run, label, reference_for(run, runs))
         for run, label in zip(runs, labels(runs), strict=True)
     ]
-    out = io.StringIO()
-    columns = dict.fromkeys(column for record in records for column in record)
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
 
 
 def note(runs: Sequence[Run]) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def interrupted(cwd: Path, stop: signal.Signals, *arguments: str) -> str:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedq.cli", "simulate", *arguments], cwd=cwd,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Tests that run in the background inherit that SIGINT is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     sweep = cwd / "sweep"
     wait_for(lambda: any(f.read_bytes().count(b"\n") > 2 for f in sweep.rglob("rounds.jsonl")))

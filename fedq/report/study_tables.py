@@ -1,0 +1,289 @@
+"""A study as tables: terminal, Markdown, CSV, LaTeX and Parquet, one row per method."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fedq.errors import FedqError
+from fedq.metrics import ACCURACY
+from fedq.report.runs import COSTS, EQUAL_PART
+from fedq.report.study import Interval, Method, Paired, Study
+from fedq.report.tables import duration, ratio, size
+
+#: Columns of the tables to read; those without any value are left out.
+HEADERS = {
+    "method": "method",
+    "seeds": "seeds",
+    "accuracy": "accuracy",
+    "difference": "against reference",
+    "uplink": "uplink",
+    "downlink": "downlink",
+    "total": "total",
+    "reach": f"to {100 * EQUAL_PART:.0f} % of float",
+    "less": "vs float there",
+    "time": "simulated",
+    "energy": "energy",
+}
+
+
+#: Columns on a terminal: what stands above, and what stands dimmed below.
+_PAIRS = (
+    ("method", "seeds"),
+    ("accuracy", "short"),
+    ("uplink", "downlink"),
+    ("total", "reach"),
+    ("less", "time"),
+)
+
+
+def table(study: Study) -> Group:
+    """Return a table per task for a terminal of 80 columns or more, two lines a method."""
+    parts: list[Any] = []
+    for task, methods in study.tasks.items():
+        rows = [
+            cells(study, method) | {"short": _difference(study.against(method), short=True)}
+            for method in methods
+        ]
+        headers = _used(rows) | {"short": "difference", "less": "vs float"}
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
+        pairs = [pair for pair in _PAIRS if pair[0] in headers]
+        for above, below in pairs:
+            header = Text(headers[above]) + Text(f"\n{headers.get(below, '')}", "dim")
+            if above == "method":
+                shown.add_column(header, overflow="fold", min_width=16)
+            else:
+                shown.add_column(header, justify="right", no_wrap=True)
+        for row in rows:
+            row["seeds"] = f"{row['seeds']} seeds"
+            shown.add_row(
+                *(Text(row[above]) + Text(f"\n{row[below]}", "dim") for above, below in pairs)
+            )
+        title = [Text(task, "bold"), Text()] if len(study.tasks) > 1 else []
+        parts += [*title, shown, Text()]
+    return Group(*parts, *(Text(line) for line in notes(study)))
+
+
+def notes(study: Study) -> list[str]:
+    """Return what the figures are."""
+    seeds = max(len(method.finished) for method in study.methods)
+    lines = []
+    if seeds > 1:
+        lines.append(
+            "Mean and 95 % interval over seeds (Student's t); p is of the two-sided t test of the "
+            "differences paired by seed, not corrected for the number of methods."
+        )
+    references = dict.fromkeys(m.label for m in study.methods if m.is_reference)
+    if references:
+        lines.append(f"Reference: {', '.join(references)}.")
+    lines.append(
+        "* is on the Pareto front of accuracy against bytes of both directions. Sizes are payload "
+        "bytes of all messages and rounds."
+    )
+    return lines
+
+
+def to_markdown(study: Study) -> str:
+    """Return GitHub tables, one per task, and the notes."""
+    parts = []
+    for task, methods in study.tasks.items():
+        rows = [cells(study, method) for method in methods]
+        headers = _used(rows)
+        body = [[row[key].replace("|", "\\|") for key in headers] for row in rows]
+        align = ["---" if key == "method" else "---:" for key in headers]
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in [[*headers.values()], align, *body])
+        parts.append(f"## {task}\n\n{lines}" if len(study.tasks) > 1 else lines)
+    return "\n\n".join([*parts, *notes(study)]) + "\n"
+
+
+def to_latex(study: Study) -> str:
+    r"""Return a ``tabular`` per task; it needs ``\usepackage{booktabs}``."""
+    parts = []
+    for task, methods in study.tasks.items():
+        rows = [cells(study, method) for method in methods]
+        headers = _used(rows)
+        head = " & ".join(_escape(header) for header in headers.values())
+        body = [" & ".join(_escape(row[key]) for key in headers) + r" \\" for row in rows]
+        parts.append(
+            "\n".join(
+                [
+                    f"% {task}",
+                    rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
+                    r"\toprule",
+                    rf"{head} \\",
+                    r"\midrule",
+                    *body,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+        )
+    return "\n\n".join([*parts, *(f"% {note}" for note in notes(study))]) + "\n"
+
+
+def to_csv(study: Study) -> str:
+    """Return one line per method: plain numbers, accuracy in [0, 1], bytes, seconds, joules."""
+    records = [record(study, method) for method in study.methods]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> str | None:
+    """Write rows as Parquet; return what to do if pyarrow is missing."""
+    if find_spec("pyarrow") is None:
+        return f"{path.name} needs pyarrow: pip install -e '.[study]'"
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
+    except OSError as error:
+        raise FedqError(f"cannot write {path}: {error}; name another folder with --out") from error
+    return None
+
+
+def record(study: Study, method: Method) -> dict[str, Any]:
+    """Return all that is known of a method, for CSV, Parquet and the page."""
+    row: dict[str, Any] = {
+        "task": method.task,
+        "method": method.label,
+        "seeds": len(method.finished),
+        "is_reference": method.is_reference,
+    }
+    for figure in _FIGURES:
+        mean = method.mean(figure)
+        row[figure] = mean and mean.mean
+        row[f"{figure}_half"] = mean and mean.half
+    found = study.against(method)
+    row["accuracy_difference"] = found and found.difference.mean
+    row["accuracy_difference_half"] = found and found.difference.half
+    row["p"] = found and found.p
+    row["pairs"] = found and found.difference.n
+    for cost in COSTS:
+        reached = study.to_reach(method, cost)
+        row[f"{cost}_to_float"] = reached.spent and reached.spent.mean
+        row[f"{cost}_to_float_ratio"] = reached.ratio
+        row[f"on_front_of_{cost}"] = study.on_front(method, cost)
+        row["reached_float"], row["compared_with_float"] = reached.reached, reached.of
+    return row
+
+
+_FIGURES = ("accuracy", "float_accuracy", *COSTS, "uplink_bits", "downlink_bits", "seconds")
+
+
+#: Which figure of :func:`record` a column is sorted by.
+SORTED_BY = {
+    "method": "method",
+    "seeds": "seeds",
+    "accuracy": "accuracy",
+    "difference": "accuracy_difference",
+    "uplink": "uplink_bytes",
+    "downlink": "downlink_bytes",
+    "total": "total_bytes",
+    "reach": "total_bytes_to_float",
+    "less": "total_bytes_to_float_ratio",
+    "time": "simulated_seconds",
+    "energy": "joules",
+}
+
+
+def cells(study: Study, method: Method) -> dict[str, str]:
+    """Return a method's row as text, by the keys of ``HEADERS``."""
+    reached = study.to_reach(method)
+    on_front = study.on_front(method, "total_bytes")
+    begun = not any(run.finished for run in method.runs)
+    return {
+        "method": f"{method.label}{' *' if on_front else ''}{' (unfinished)' if begun else ''}",
+        "seeds": str(len(method.finished)),
+        "accuracy": _percent(method.mean("accuracy")),
+        "difference": "reference" if method.is_reference else _difference(study.against(method)),
+        "uplink": _size(method.mean("uplink_bytes")),
+        "downlink": _size(method.mean("downlink_bytes")),
+        "total": _size(method.mean("total_bytes")),
+        "reach": _size(reached.spent)
+        if reached.reached == reached.of
+        else f"{reached.reached} of {reached.of} seeds",
+        "less": "" if method.is_reference or reached.ratio is None else ratio(reached.ratio),
+        "time": _mean(method.mean("simulated_seconds"), duration),
+        "energy": _mean(method.mean("joules"), joules),
+    }
+
+
+def _used(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {key: text for key, text in HEADERS.items() if any(row[key] for row in rows)}
+
+
+def _percent(value: Interval | None) -> str:
+    if value is None:
+        return "-"
+    if value.half is None:
+        return ACCURACY.text(value.mean)
+    return f"{100 * value.mean:.1f} ± {100 * value.half:.1f} %"
+
+
+def _difference(value: Paired | None, *, short: bool = False) -> str:
+    """Return percentage points, p and the pairs.
+
+    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034))
+    '-1.2 ± 1.0 (p 0.03, n 3)'
+    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034), short=True)
+    '-1.2 (p 0.03)'
+    """
+    if value is None:
+        return ""
+    difference, half = 100 * value.difference.mean, value.difference.half
+    difference = 0.0 if abs(difference) < 0.05 else difference  # no minus before a zero
+    if half is None or value.p is None:
+        return f"{difference:+.1f}"
+    p = f"p {value.p:.1g}" if value.p >= 1e-4 else "p < 1e-4"
+    if short:
+        return f"{difference:+.1f} ({p})"
+    return f"{difference:+.1f} ± {100 * half:.1f} ({p}, n {value.difference.n})"
+
+
+def _size(value: Interval | None) -> str:
+    return _mean(value, size)
+
+
+def _mean(value: Interval | None, text: Any) -> str:
+    return "" if value is None else str(text(value.mean))
+
+
+def joules(value: float) -> str:
+    """Return an energy in its natural unit.
+
+    >>> [joules(v) for v in (0.0213, 53.2, 12_300, 4.2e6)]
+    ['0.0213 J', '53.2 J', '12.3 kJ', '4.2 MJ']
+    """
+    for unit, scale in (("MJ", 1e6), ("kJ", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} J"
+
+
+def _escape(text: str) -> str:
+    r"""Return text for LaTeX.
+
+    >>> _escape("50 % of a_b")
+    '50 \\% of a\\_b'
+    """
+    return text.translate(_TEX).replace(" *", "$^*$")
+
+
+_TEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
+)

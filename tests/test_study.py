@@ -1,0 +1,323 @@
+"""A report over a study: seeds averaged, tasks apart, fronts, significance, and what is damaged."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedq import manifest
+from fedq.errors import ConfigError, FedqError
+from fedq.report import Study, find_runs, report, study_tables
+from fedq.report.page import page
+from fedq.report.runs import survey
+from fedq.report.study import front, interval, paired, remarks
+from fedq.results import RunDirectory
+
+FLOAT, UP = 4000, 1000
+
+
+def write_run(
+    path: Path,
+    name: str,
+    seed: int,
+    top: float,
+    *,
+    up: int = UP,
+    down: int = UP,
+    rounds: int = 5,
+    until: int | None = None,
+    partition: str = "iid",
+    **extra: float,
+) -> Path:
+    """Write a run whose accuracy grows linearly to ``top``; unfinished with ``until``."""
+    is_float = name == "float"
+    config = {
+        "name": name,
+        "seed": seed,
+        "rounds": rounds,
+        "data": {"name": "mnist5k"},
+        "partition": {"name": partition},
+        "codec": {"name": "identity" if is_float else "sign"},
+        "downlink": {"name": "identity"},
+    }
+    last = rounds if until is None else until
+    with RunDirectory.create(path, config) as run:
+        for number in range(last + 1):
+            sent = {"uplink_bytes": up, "downlink_bytes": down}
+            record: dict[str, Any] = {key: value * (number > 0) for key, value in sent.items()}
+            record |= {key: value * (number > 0) for key, value in extra.items()}
+            run.append_round({"round": number, "accuracy": top * number / rounds, **record})
+        if until is None:
+            sums = {"uplink_bytes": up * rounds, "downlink_bytes": down * rounds}
+            versions = {"versions": {"fedq": "0.1.0"}}
+            run.write_summary({"name": name, "accuracy": top, "rounds": rounds, **sums, **versions})
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two methods and float, three seeds each, with time and energy."""
+    extra = {"simulated_seconds": 60.0, "joules": 5.0}
+    for seed in range(3):
+        cost = {"up": FLOAT, "down": FLOAT}
+        write_run(tmp_path / f"{seed}", "float", seed, 0.90 + seed / 100, **cost, **extra)
+        write_run(tmp_path / f"1{seed}", "good", seed, 0.91 + seed / 100, **extra)
+        write_run(tmp_path / f"2{seed}", "bad", seed, 0.50 + seed / 50, up=2 * UP, **extra)
+    return tmp_path
+
+
+def study(sweep: Path, reference: str | None = None) -> Study:
+    return Study.of(find_runs([sweep]), reference)
+
+
+def method(found: Study, label: str) -> Any:
+    return next(m for m in found.methods if m.label == label)
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_intervals_are_those_of_student(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n)
+    found = interval(list(values))
+    assert found is not None
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+    assert math.isclose(found.mean - (found.half or 0), low)
+    assert math.isclose(found.mean + (found.half or 0), high)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_differences_are_tested_as_pairs(n: int) -> None:
+    ours, theirs = np.random.default_rng(n).normal(size=(2, n))
+    found = paired(dict(enumerate(ours)), {**dict(enumerate(theirs)), "alone": 9.0})
+    assert found is not None
+    assert found.difference.n == n
+    assert found.p is not None
+    assert math.isclose(found.p, stats.ttest_rel(ours, theirs).pvalue)
+
+
+def test_what_has_no_deviation() -> None:
+    assert interval([]) is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    one, same, shifted = (
+        paired({0: 1.0}, {0: 0.5}),
+        paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}),
+        paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}),
+    )
+    assert one is not None
+    assert one.p is None
+    assert same is not None
+    assert same.p == 1.0
+    assert shifted is not None
+    assert shifted.p == 0.0
+
+
+def test_methods_are_means_of_their_seeds(sweep: Path) -> None:
+    found = study(sweep)
+    assert [m.label for m in found.methods] == ["good", "float", "bad"]  # best first
+    good = method(found, "good")
+    assert good.by_seed("accuracy") == {0: 0.91, 1: 0.92, 2: 0.93}
+    assert math.isclose(good.mean("accuracy").mean, 0.92)
+    assert good.curve["round"] == [1, 2, 3, 4, 5]
+    assert np.allclose(good.curve["total_bytes"], 2 * UP * np.arange(1, 6))
+    assert np.allclose(good.curve["joules"], 5.0 * np.arange(1, 6))
+    assert np.allclose(good.curve["accuracy"], 0.92 * np.arange(1, 6) / 5)
+
+
+def test_the_reference_is_float_unless_one_says(sweep: Path) -> None:
+    found = study(sweep)
+    assert [m.label for m in found.methods if m.is_reference] == ["float"]
+    against = found.against(method(found, "good"))
+    assert against is not None
+    assert math.isclose(against.difference.mean, 0.01)
+    named = study(sweep, reference="bad")
+    assert [m.label for m in named.methods if m.is_reference] == ["bad"]
+    assert named.against(method(named, "bad")) is None
+    with pytest.raises(ConfigError, match="no method is called 'worst'; there are: "):
+        study(sweep, reference="worst")
+
+
+def test_the_front_has_what_nothing_dominates(sweep: Path) -> None:
+    found = study(sweep)
+    (task,) = found.tasks
+    assert [m.label for m in found.front(task, "total_bytes")] == ["good"]
+    assert [m.label for m in found.front(task, "simulated_seconds")] == ["good"]  # equal cost
+    cheap = write_run(sweep / "30", "cheap", 0, 0.2, up=1, down=1)
+    runs = [*find_runs([sweep]), *find_runs([cheap])]
+    labels = [m.label for m in front(Study.of(runs).methods, "total_bytes")]
+    assert labels == ["cheap", "good"]
+
+
+def test_bytes_to_reach_float_are_per_seed(sweep: Path) -> None:
+    found = study(sweep)
+    reached = found.to_reach(method(found, "good"))
+    # 99 % of float's 0.90: good has 0.728 after four rounds, 0.91 after five.
+    assert (reached.reached, reached.of) == (3, 3)
+    assert reached.spent is not None
+    assert reached.spent.mean == 5 * 2 * UP
+    assert reached.ratio == FLOAT / UP
+    missed = found.to_reach(method(found, "bad"))
+    assert (missed.spent, missed.ratio, missed.reached, missed.of) == (None, None, 0, 3)
+
+
+def test_tasks_stay_apart(sweep: Path) -> None:
+    write_run(sweep / "40", "float", 0, 0.7, partition="dirichlet")
+    write_run(sweep / "41", "good", 0, 0.6, partition="dirichlet")
+    found = study(sweep)
+    assert {task: [m.label for m in ms] for task, ms in found.tasks.items()} == {
+        "mnist5k, iid": ["good", "float", "bad"],
+        "mnist5k, dirichlet": ["float", "good"],
+    }
+    against = found.against(found.tasks["mnist5k, dirichlet"][1])
+    assert against is not None
+    assert math.isclose(against.difference.mean, -0.1)
+
+
+def test_labels_are_the_overrides_in_which_namesakes_differ(tmp_path: Path) -> None:
+    for number, bits in enumerate((2, 3)):
+        path = tmp_path / str(number)
+        overrides = ["rounds=5", f"codec.bits={bits}", "seed=0"]
+        manifest.write(path, {"codec": {"name": "sign"}}, overrides)
+        write_run(path, "same", 0, 0.5, rounds=5 + number)
+    assert [m.label for m in study(tmp_path).methods] == ["codec.bits=2", "codec.bits=3"]
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_study_gets_all_its_files(sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report([sweep], out)
+    names = {path.name for path in out.iterdir()}
+    pictures = {
+        f"{kind}_{of}.{suffix}"
+        for kind in ("pareto", "accuracy_vs")
+        for of in ("bytes", "time", "energy")
+        for suffix in ("png", "svg")
+    }
+    tables = {"report.md", "report.csv", "summary.csv", "summary.tex", "report.html"}
+    assert names >= pictures | tables
+    for path in out.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    rows = list(csv.DictReader(io.StringIO((out / "summary.csv").read_text())))
+    assert [row["method"] for row in rows] == ["good", "float", "bad"]
+    assert math.isclose(float(rows[0]["accuracy"]), 0.92)
+    assert rows[0]["on_front_of_total_bytes"] == "True"
+    assert float(rows[0]["joules"]) == 25
+
+
+def test_costs_that_no_run_tells_of_have_no_picture(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path / str(seed), "good", seed, 0.9)
+    report([tmp_path])
+    assert (tmp_path / "pareto_bytes.png").exists()
+    assert not list(tmp_path.glob("*_time.*"))
+    assert "simulated" not in (tmp_path / "report.md").read_text()
+
+
+def test_latex_is_balanced_and_escaped(sweep: Path) -> None:
+    write_run(sweep / "50", "50 % of a_b & c\\d", 0, 0.5)
+    text = study_tables.to_latex(study(sweep))
+    assert r"50 \% of a\_b \& c\textbackslash{}d" in text
+    (table,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    lines = [line for line in table[1].splitlines() if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(table[0]) - 1}
+
+
+def test_parquet_holds_the_same(sweep: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [study_tables.record(study(sweep), m) for m in study(sweep).methods]
+    assert study_tables.write_parquet(rows, tmp_path / "a.parquet") is None
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == rows
+
+
+def test_without_pyarrow_it_says_so(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_tables, "find_spec", lambda name: None)
+    hint = study_tables.write_parquet([], tmp_path / "a.parquet")
+    assert hint is not None
+    assert "pip install" in hint
+
+
+def test_the_page_needs_nothing_else(sweep: Path) -> None:
+    write_run(sweep / "60", "</script><script>alert(1)", 0, 0.4)
+    text = page(study(sweep), ["a note"])
+    assert not re.search(r"(src|href)\s*=|url\(\s*['\"]?http|@import|fetch\(", text)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    content = json.loads(data)
+    assert [cost["key"] for cost in content["costs"]] == [
+        *("total_bytes", "uplink_bytes", "downlink_bytes", "simulated_seconds", "joules", "round"),
+    ]
+    (task,) = content["tasks"]
+    assert "</script><script>alert(1)" in [m["label"] for m in task["methods"]]
+    assert [len(m["seeds"]) for m in task["methods"]] == [3, 3, 3, 0]
+    assert "a note" in content["notes"]
+
+
+def test_long_curves_are_thinned_to_their_end(tmp_path: Path) -> None:
+    write_run(tmp_path / "1", "long", 0, 0.9, rounds=700)
+    write_run(tmp_path / "2", "other", 0, 0.9)
+    (data,) = re.findall(r'id="data">(.*?)</script>', page(study(tmp_path)))
+    curve = json.loads(data)["tasks"][0]["methods"][0]["curve"]
+    assert len(curve["round"]) <= 120
+    assert curve["round"][-1] == 700
+
+
+# --- what is not as it should be -----------------------------------------------------------------
+
+
+def test_what_is_damaged_is_named_and_the_rest_shown(sweep: Path) -> None:
+    (sweep / "10" / "config.yaml").write_text("[")
+    (sweep / "11" / "rounds.jsonl").write_text("nonsense\n" * 3)
+    (sweep / "70").mkdir()
+    (sweep / "70" / "config.yaml").write_text("name: begun\n")
+    (sweep / "71").mkdir()
+    (sweep / "71" / "notes.txt").write_text("not a run")
+    (sweep / "12" / "manifest.json").write_text('{"schema": 99, "config": {}}')
+    found = survey([sweep])
+    assert {path.name for path in found.left_out} == {"10", "11", "70"}
+    assert method(Study.of(found.runs), "good").by_seed("accuracy") == {2: 0.93}
+    report([sweep], sweep / "out")
+    text = (sweep / "out" / "report.md").read_text()
+    for name in ("10", "11", "70"):
+        assert re.search(rf"left out: .*/{name}:", text)
+
+
+def test_unfinished_runs_do_not_count_beside_finished_ones(sweep: Path) -> None:
+    write_run(sweep / "80", "good", 3, 0.99, until=2)
+    found = study(sweep)
+    assert set(method(found, "good").by_seed("accuracy")) == {0, 1, 2}
+    assert any("unfinished, 2 of 5 rounds" in line for line in remarks(found.runs))
+    write_run(sweep / "81", "begun", 0, 0.5, until=1)
+    assert "begun * (unfinished)" in study_tables.to_markdown(study(sweep))
+
+
+def test_missing_figures_and_mixed_versions(sweep: Path) -> None:
+    with RunDirectory.create(sweep / "90", {"name": "old", "seed": 0}) as run:
+        run.append_round({"round": 1, "bytes": 5})
+        run.write_summary({"name": "old", "rounds": 1, "versions": {"fedq": "0.0.1"}})
+    found = study(sweep)
+    said = remarks(found.runs)
+    assert any("has no accuracy" in line for line in said)
+    assert any("several versions of fedq: 0.0.1, 0.1.0" in line for line in said)
+    report([sweep], sweep / "out")
+    assert "old" in (sweep / "out" / "summary.csv").read_text()
+
+
+def test_nothing_but_damage_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "config.yaml").write_text("[")
+    with pytest.raises(FedqError, match="no run can be shown"):
+        report([tmp_path])
