@@ -119,7 +119,7 @@ class Setting:
             try:
                 for name in tried:
                     self.work.step(done + len(found), len(rules) * len(tried))
-                    found[name] = self._cell(name, rule)
+                    found[name] = self.cell(name, rule)
                 cells[label] = found
             except FedqError as error:
                 cells[label] = error
@@ -127,7 +127,8 @@ class Setting:
         self.work.step(done, done)
         return cells
 
-    def _cell(self, attack: str, rule: Aggregator) -> Summary:
+    def cell(self, attack: str, rule: Aggregator) -> Summary:
+        """Return the federation under one attack, or :data:`NO_ATTACK`, and one rule."""
         honest = attack == NO_ATTACK
         chosen = registry.build("attack", attack) if honest else attack_of(attack, self.fraction)
         return _federations.go_on(
