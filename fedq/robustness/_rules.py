@@ -117,6 +117,7 @@ class Setting:
         for label, rule in rules.items():
             found: dict[str, Summary] = {}
             try:
+                self._check(rule)
                 for name in tried:
                     self.work.step(done + len(found), len(rules) * len(tried))
                     found[name] = self.cell(name, rule)
@@ -131,7 +132,7 @@ class Setting:
         """Return the federation under one attack, or :data:`NO_ATTACK`, and one rule."""
         honest = attack == NO_ATTACK
         chosen = registry.build("attack", attack) if honest else attack_of(attack, self.fraction)
-        return _federations.go_on(
+        summary = _federations.go_on(
             self.subject,
             self.work,
             self.rounds,
@@ -141,6 +142,16 @@ class Setting:
             uplink_context=False,
             sealed=False,
         )
+        if summary["rejected"].get("aggregator"):
+            # A model that stands still looks robust.
+            raise FedqError(f"{describe(rule)} skipped rounds: too few updates were left for it")
+        return summary
+
+    def _check(self, rule: Aggregator) -> None:
+        """Raise the formula of a rule that needs more clients than there are."""
+        clients = len(self.parts)
+        if not rule.trusted_examples:
+            rule(np.zeros((clients, 1), np.float32), np.ones(clients))
 
     def gates(self, rule: Aggregator) -> tuple[Gate, ...]:
         """Return whether as many are hostile as the rule is made for, and data differ."""
