@@ -5,6 +5,10 @@ MLP, 8 rounds. Accuracy and backdoor success are of the deployed model after the
 over seeds. Rules know f = 3. `adaptive` tunes the inner attack's strength in every round on the
 attackers' own simulation of decoder, guard and rule. The guard has its defaults everywhere.
 
+The backdoor: the main job's int8 CNN on MNIST (5,000 images), 15 rounds, whose float weights are
+then poisoned within their rounding cells of 4 bits (the evaluation `quantization_backdoor`): what
+the trigger does in float, at 8 and at 4 bits, with other rounding, and what a search for it finds.
+
 Finished cells are kept in the folder `--cells`, so that a run that was killed goes on there.
 """
 
@@ -20,9 +24,11 @@ from typing import Any
 
 import _common
 
-from fedq import config, simulation
+from fedq import build, config, simulation
 from fedq.report import heatmap
 from fedq.report.runs import Run
+from fedq.robustness.base import Work
+from fedq.robustness.subject import Subject
 
 FEDERATION = (
     "data=digits",
@@ -75,6 +81,8 @@ def main() -> None:
         cells = options.cells or Path(temporary)
         cells.mkdir(parents=True, exist_ok=True)
         grid, seconds = attacked(cells, options.seed, options.quick)
+        seeds = range(options.seed, options.seed + (1 if options.quick else SEEDS))
+        woken = [conditioned(cells, seed, options.quick) for seed in seeds]
     if not options.quick:
         figure = heatmap.plot(grid)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -84,10 +92,20 @@ def main() -> None:
         options.out,
         "poisoning",
         "Poisoning, backdoors and what stands against them",
-        [str(__doc__).strip(), "![heat map](poisoning.svg)", heatmap.to_markdown(grid).strip()],
+        [
+            str(__doc__).strip(),
+            "![heat map](poisoning.svg)",
+            heatmap.to_markdown(grid).strip(),
+            "**A backdoor that quantization wakes up**, mean of seeds",
+            _common.table({"what": "model", "accuracy": "accuracy, %", "success": "success, %"},
+                          means([cell["models"] for cell in woken])),
+            _common.table({"what": "search for a trigger in", "found": "answers that differ, %"},
+                          means([cell["searches"] for cell in woken])),
+        ],
         {
             "seed": options.seed,
             "cpu_seconds": seconds,
+            "conditioned": woken,
             "rows": [
                 {"attack": attack, "aggregator": rule, "codec": codec, "metric": metric,
                  "values": grid.values(metric, attack, rule, codec)}
@@ -142,6 +160,57 @@ def federation(cells: Path, overrides: list[str]) -> dict[str, Any]:
         kept.with_suffix(".tmp").replace(kept)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
+
+
+def conditioned(cells: Path, seed: int, quick: bool) -> dict[str, Any]:
+    """Return accuracy and success by model, and what the search finds by model, in [0, 1]."""
+    kept = cells / f"conditioned-{seed}{'-quick' if quick else ''}.json"
+    if not kept.exists():
+        task = ["data=digits", "model=mlp", "rounds=1"] if quick else []
+        overrides = [*task, f"seed={seed}", "baseline=false", "engine.workers=1"]
+        less: dict[str, Any] = {"rows": 300, "steps": 5, "restarts": 1} if quick else {}
+        evaluation = build("evaluation", "quantization_backdoor", **less)
+        start = cpu_seconds()
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            simulation.run_experiment(config.load(overrides), run)
+            found = evaluation.run(Subject.load(run), Work(seed, Path(folder)))
+        named = {outcome.name: outcome for outcome in found}
+        planted = named["planted at int4, nearest rounding"].details
+        models = {"float": planted["float"], "int8": planted["int8"], "int4": planted["int4"]}
+        for rounding in ("random rounding", "adaptive rounding"):
+            outcome = named[f"planted at int4, {rounding}"]
+            accuracy = outcome.details["accuracy"]
+            models[f"int4, {rounding}"] = {"accuracy": accuracy, "success": outcome.value}
+        searches = {
+            name.removeprefix("hidden behaviour, "): {"found": outcome.value}
+            for name, outcome in named.items()
+            if name.startswith("hidden")
+        }
+        searches["the planted one at int4"] = {"found": planted["found by the search"]}
+        cell = {
+            "seed": seed,
+            "models": [{"what": name, **figures} for name, figures in models.items()],
+            "searches": [{"what": name, **figures} for name, figures in searches.items()],
+            "cpu_seconds": cpu_seconds() - start,
+        }
+        kept.write_text(json.dumps(cell))
+    found_before: dict[str, Any] = json.loads(kept.read_text())
+    return found_before
+
+
+def means(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the mean of like tables of shares, in percent."""
+    return [
+        {
+            key: first[key]
+            if isinstance(first[key], str)
+            else round(100 * sum(row[key] for row in rows) / len(rows), 1)
+            for key in first
+        }
+        for rows in zip(*tables, strict=True)
+        for first in rows[:1]
+    ]
 
 
 def cpu_seconds() -> float:

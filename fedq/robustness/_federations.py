@@ -19,7 +19,13 @@ from fedq.robustness.subject import Subject
 
 Parts = Sequence[NDArray[np.int64]]
 #: Of a checkpoint, what belongs to the nodes of the run that wrote it.
-_OF_NODES = {"held": {}, "strangers": [], "clients": {}, "privacy": None, "failures": 0}
+_OF_NODES: Mapping[str, Any] = {
+    "held": {},
+    "strangers": [],
+    "clients": {},
+    "privacy": None,
+    "failures": 0,
+}
 
 
 def go_on(

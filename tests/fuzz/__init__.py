@@ -26,6 +26,7 @@ from fedq.codecs import Codec
 from fedq.errors import DecodeError
 from fedq.layout import Layout
 from fedq.registry import build, table
+from fedq.robustness._hostile import changed
 
 CORPUS = Path(__file__).parent / "corpus"
 #: Small, so that a search makes many tries; rows, columns, scalars and empty tensors.
@@ -87,21 +88,7 @@ def head_bytes(data: bytes) -> int:
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """Return an input with a few bytes of its body (sometimes of its head) changed."""
     start = head_bytes(data) if rng.random() < 0.9 else 0
-    head, body = data[:start], bytearray(data[start:])
-    for _ in range(rng.integers(1, 4)):
-        kind, at = rng.integers(6), int(rng.integers(len(body) + 1))
-        if kind == 0:
-            del body[at:]
-        elif kind == 1:
-            body[at:at] = rng.bytes(int(rng.integers(1, 6)))
-        elif kind == 2:
-            body[at : at + 4] = np.float32(rng.choice(_FLOATS)).tobytes()
-        elif at < len(body):
-            body[at] = (0, 255, body[at] ^ 1 << int(rng.integers(8)))[kind - 3]
-    return head + bytes(body)
-
-
-_FLOATS = (np.nan, np.inf, -np.inf, -1.0, -0.0, 0.0, 1e-45, 1e-38, 1.0, 3.4e38)
+    return data[:start] + changed(data[start:], rng)
 
 
 # --- corpus --------------------------------------------------------------------------------------
