@@ -30,6 +30,7 @@ GROUPS: dict[str, str] = {
     "data": "fedq.data",
     "engine": "fedq.engines",
     "evaluation": "fedq.robustness",
+    "evasion": "fedq.evasion",
     "exporter": "fedq.export",
     "guard": "fedq.guard",
     "model": "fedq.models",
@@ -148,10 +149,7 @@ def to_config(obj: Any) -> dict[str, Any]:
     {'name': 'identity'}
     """
     values = {key: getattr(obj, key) for key in fields(type(obj))}
-    return {"name": obj.name} | {
-        key: to_config(value) if is_registered(value) else _plain(value)
-        for key, value in values.items()
-    }
+    return {"name": obj.name} | {key: _plain(value) for key, value in values.items()}
 
 
 def describe(choice: Any, group: str | None = None) -> str:
@@ -174,6 +172,8 @@ def describe(choice: Any, group: str | None = None) -> str:
         choice, group = to_config(choice), choice.group
     if isinstance(choice, bool):
         return str(choice).lower()
+    if isinstance(choice, list | tuple):
+        return f"[{', '.join(describe(item, group) for item in choice)}]"
     if not isinstance(choice, Mapping):
         return "" if choice is None else str(choice)
     name = str(choice.get("name", ""))
@@ -185,10 +185,17 @@ def describe(choice: Any, group: str | None = None) -> str:
         if key == "name" or value is None:
             continue
         field = known.get(key)
-        text = describe(value, getattr(field.type, "group", None) if field else None)
+        text = describe(value, _group(field.type) if field else None)
         if field is None or field.required or text != describe(_plain(field.default)):
             options.append(f"{key}={text}")
     return f"{name}({', '.join(options)})" if options else name
+
+
+def _group(hint: Any) -> str | None:
+    """Return the group that a field's type, or that of its items, is chosen from."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+    group = getattr(item, "group", None)
+    return group if isinstance(group, str) else None
 
 
 def is_registered(obj: object) -> bool:
@@ -225,7 +232,10 @@ def fields(cls: type) -> dict[str, Field]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """Return a field's value JSON-ready."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_config(value) if is_registered(value) else value
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

@@ -48,7 +48,7 @@ _WHY = {
 def figure_text(value: float | None, unit: str) -> str:
     """Return a figure in its unit.
 
-    >>> figure_text(0.2345, "share"), figure_text(41.96, "dB"), figure_text(None, "AUC")
+    >>> figure_text(0.2346, "share"), figure_text(41.96, "dB"), figure_text(None, "AUC")
     ('23.5 %', '42.0 dB', '-')
     """
     if value is None or not math.isfinite(value):
