@@ -38,7 +38,6 @@ class AutoAttack(Evasion):
             seed=seed % 2**32,
             version="standard",
             device="cpu",
-            verbose=False,
         )
         found, _ = attack.run_standard_evaluation((x - low) / span, y, batch_size=250)
         return ball.project(low + span * torch.as_tensor(found), x)

@@ -79,7 +79,7 @@ class Ball:
     @staticmethod
     def lengths(x: Tensor) -> Tensor:
         """Return Euclidean norms per example, to divide by, (n, 1, ...)."""
-        norms: Tensor = x.flatten(1).norm(dim=1).clamp_min(1e-12)  # type: ignore[no-untyped-call]
+        norms: Tensor = x.flatten(1).norm(dim=1).clamp_min(1e-12)
         return norms.reshape(-1, *[1] * (x.dim() - 1))
 
 

@@ -1,7 +1,7 @@
 """Accuracy when an attacker changes inputs a little: the worst of several attacks per example.
 
-Gates follow Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv:1902.06705), and Croce
-& Hein 2020 (arXiv:2003.01690): a model that only hides its gradients must not look robust.
+A model that only hides its gradients must not look robust: the gates follow Carlini et al. 2019, "On
+evaluating adversarial robustness" (arXiv:1902.06705), and Croce & Hein 2020 (arXiv:2003.01690).
 """
 
 from __future__ import annotations
