@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -154,4 +155,4 @@ def _checkpoints(steps: int) -> set[int]:
     while last < 1:
         last += max(places[-1] - places[-2] - 0.03, 0.06)
         places.append(last)
-    return {-int(-place * steps // 1) for place in places[1:] if place <= 1}
+    return {math.ceil(round(place * steps, 6)) for place in places[1:] if place <= 1}

@@ -1,7 +1,7 @@
 """Accuracy when an attacker changes inputs a little: the worst of several attacks per example.
 
-A model that only hides its gradients must not look robust: the gates follow Carlini et al. 2019, "On
-evaluating adversarial robustness" (arXiv:1902.06705), and Croce & Hein 2020 (arXiv:2003.01690).
+A model that only hides its gradients must not look robust. The gates follow Carlini et al. 2019
+(arXiv:1902.06705) and Croce & Hein 2020 (arXiv:2003.01690).
 """
 
 from __future__ import annotations
@@ -281,11 +281,13 @@ def _strongest(runs: Sequence[_Run], examples: int) -> Gate:
     """Say how many examples only attacks without the model's own gradients could break."""
     others = [run for run in runs if run.attack.access != "white"]
     extra = sum(run.before - run.after for run in others)
-    names = ", ".join(run.attack.name for run in others) or "no such attack was tried; they"
+    names = " and ".join(run.attack.name for run in others)
     return Gate(
         "gradients are no weaker than guesses",
         bool(others) and extra <= max(TOLERANCE * examples, 1),
-        f"{names} break {100 * extra / examples:.1f} points that gradient attacks do not",
+        f"without the model's gradients, {names} break {100 * extra / examples:.1f} points more"
+        if others
+        else "no attack without the model's gradients was tried",
     )
 
 
@@ -296,7 +298,7 @@ def _converged(doubled: Evasion | None, alive: Flags, still: Flags) -> Gate:
     return Gate(
         "attacks have converged",
         extra <= max(TOLERANCE * len(alive), 1),
-        f"twice the steps of {doubled.name} break {100 * extra / len(alive):.1f} points more",
+        f"twice the steps of {doubled.name} breaks {100 * extra / len(alive):.1f} points more",
     )
 
 
