@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedq import registry
+from fedq.adversarial import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
@@ -216,6 +217,7 @@ class Trainer:
             )
         start = self.weights()
         teacher = self._float_logits(x) if self._distillation else None
+        adversary = Adversary.of(config, x, seed) if config.adversarial_eps else None
         steps_of = [_Sgd(config, self._weights, self._gradient)]
         if self._learned:
             plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
@@ -236,8 +238,11 @@ class Trainer:
                 for inputs, labels in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
                     self._learned_gradient.zero_()
-                    logits = self.model(inputs)
-                    batch_loss = functional.cross_entropy(logits, labels)
+                    if adversary is None:
+                        logits = self.model(inputs)
+                        batch_loss = functional.cross_entropy(logits, labels)
+                    else:
+                        logits, batch_loss = adversary.loss(self.model, inputs, labels)
                     if teacher is not None:
                         taught = teacher[order[done : done + len(labels)]]
                         batch_loss = batch_loss.lerp(

@@ -147,3 +147,9 @@ def test_sweeps_expand() -> None:
     assert config.sweep(["seed=range(0,3)", "codec=sign,ternary"]) == [
         [f"seed={seed}", f"codec={codec}"] for seed in range(3) for codec in ("sign", "ternary")
     ]
+
+
+def test_a_run_of_an_older_version_gets_the_defaults_of_new_options():
+    saved = config.load(["rounds=5"]).to_config()
+    del saved["adversarial_eps"]
+    assert config.load_resumed(saved, []) == config.load(["rounds=5"])
