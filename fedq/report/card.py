@@ -140,7 +140,7 @@ def _header(card: Card) -> str:
     facts = {
         "model": registry.describe(config["model"], "model"),
         "data": registry.describe(config["data"], "data"),
-        "quantization": registry.describe(config["quantization"], "quantization"),
+        "quantization": registry.describe(config["quantization"]),
         "uplink": registry.describe(config["codec"], "codec"),
         "judged by": "integer arithmetic" if run["integer"] else "fake quantizers",
         "model SHA-256": f"{run['model_sha256'][:16]}…",

@@ -285,7 +285,7 @@ def _strongest(runs: Sequence[_Run], examples: int) -> Gate:
     return Gate(
         "gradients are no weaker than guesses",
         bool(others) and extra <= max(TOLERANCE * examples, 1),
-        f"without the model's gradients, {names} break {100 * extra / examples:.1f} points more"
+        f"{names}, without the model's gradients: {100 * extra / examples:.1f} points more"
         if others
         else "no attack without the model's gradients was tried",
     )
@@ -298,7 +298,7 @@ def _converged(doubled: Evasion | None, alive: Flags, still: Flags) -> Gate:
     return Gate(
         "attacks have converged",
         extra <= max(TOLERANCE * len(alive), 1),
-        f"twice the steps of {doubled.name} breaks {100 * extra / len(alive):.1f} points more",
+        f"twice the steps of {doubled.name}: {100 * extra / len(alive):.1f} points more",
     )
 
 
