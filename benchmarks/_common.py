@@ -17,6 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     *("fedq", "flwr", "torch", "numpy", "numba", "ray", "pfl", "byzfl"),
+    *("foolbox", "adversarial-robustness-toolbox", "pyautoattack"),
     *("onnxruntime", "ai-edge-litert", "tflite-micro", "openvino", "executorch"),
 )
 

@@ -243,9 +243,15 @@ def choice(option: str, text: str) -> Any:
 
 
 def load_resumed(saved: Mapping[str, Any], overrides: Sequence[str]) -> Experiment:
-    """Return the experiment of an interrupted run, with the few options that may still change."""
+    """Return the experiment of an interrupted run, with the few options that may still change.
+
+    Options that the run's version of fedq did not have are as they are by default.
+    """
     config = dict(saved)
     load_plugins(config.get("plugins", ()))
+    if unknown_then := field_types().keys() - config.keys():
+        defaults = compose_config([])
+        config |= {key: defaults[key] for key in unknown_then}
     for override in _parse(overrides):
         root = override.key_or_group.split(".")[0]
         if root == "resume":

@@ -57,6 +57,9 @@ class Experiment:
       weight_decay: Local L2 penalty.
       proximal_mu: FedProx pull towards the global model (Li et al. 2020); 0 is FedAvg.
       max_grad_norm: Local gradient clipping; 0 is off.
+      adversarial_eps: Adversarial training: largest change of an input; 0 is off.
+      adversarial_steps: Gradients that the local attacker has per batch.
+      trades_beta: Weight of TRADES' divergence (Zhang et al. 2019); 0 is PGD training.
       weighting: How an update counts: by the examples that its client claims, by no more than it
         first claimed (``registered``), or all alike.
       max_examples: A client's claim of examples is clamped to this.
@@ -90,6 +93,9 @@ class Experiment:
     weight_decay: float
     proximal_mu: float
     max_grad_norm: float
+    adversarial_eps: float
+    adversarial_steps: int
+    trades_beta: float
     weighting: typing.Literal["examples", "registered", "uniform"]
     max_examples: int
     quorum: float

@@ -33,6 +33,7 @@ GROUPS: dict[str, str] = {
     "device": "fedq.physics.devices",
     "engine": "fedq.engines",
     "evaluation": "fedq.robustness",
+    "evasion": "fedq.evasion",
     "exporter": "fedq.export",
     "fleet": "fedq.physics.fleets",
     "guard": "fedq.guard",
@@ -240,6 +241,7 @@ def fields(cls: type) -> dict[str, Field]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a field's value JSON-ready."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return to_config(value) if is_registered(value) else value

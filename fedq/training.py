@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedq import registry
+from fedq.adversarial import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
@@ -221,6 +222,11 @@ class Trainer:
             )
         start = self.weights()
         teacher = self._float_outputs(x) if self._distillation else None
+        adversary = None
+        if config.adversarial_eps:
+            if self.task.name != "classification":
+                raise ConfigError("adversarial_eps is for classes; this task has none")
+            adversary = Adversary.of(config, x, seed)
         steps_of = [_Sgd(config, self._weights, self._gradient)]
         if self._learned:
             plain = dataclasses.replace(config, weight_decay=0, proximal_mu=0, max_grad_norm=0)
@@ -241,8 +247,11 @@ class Trainer:
                 for inputs, truths in _batches(x, y, order, config.batch_size):
                     self._gradient.zero_()
                     self._learned_gradient.zero_()
-                    outputs = self.model(inputs)
-                    batch_loss = self.task.loss(outputs, inputs, truths)
+                    if adversary is None:
+                        outputs = self.model(inputs)
+                        batch_loss = self.task.loss(outputs, inputs, truths)
+                    else:
+                        outputs, batch_loss = adversary.loss(self.model, inputs, truths)
                     if teacher is not None:
                         taught = teacher[order[done : done + len(truths)]]
                         divergence = self.task.divergence(outputs, taught)

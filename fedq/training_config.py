@@ -31,11 +31,16 @@ class TrainingConfig:
       weight_decay: L2 penalty's gradient factor.
       proximal_mu: Pull towards the weights received from the server; 0 is FedAvg.
       max_grad_norm: Bound on the gradient's Euclidean norm; 0 is no bound.
+      adversarial_eps: Train on inputs that an attacker moved by at most this much in every
+        coordinate, in units of the network's inputs; 0 is off.
+      adversarial_steps: Gradients that the attacker has; each costs as much as a step's own.
+      trades_beta: Weight of the divergence between the answers to plain and to moved inputs, beside
+        the loss of plain ones (TRADES); 0 is the loss of the moved ones alone (PGD training).
 
     Reference:
       McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized
       data", AISTATS, algorithm 1; Li et al. 2020, "Federated optimization in heterogeneous
-      networks", MLSys, section 3 (FedProx).
+      networks", MLSys, section 3 (FedProx). Adversarial training: see :mod:`fedq.adversarial`.
 
     Example:
       >>> TrainingConfig.from_config({"learning_rate": 0.1}).to_config()["learning_rate"]
@@ -49,22 +54,34 @@ class TrainingConfig:
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
     max_grad_norm: float = 0.0
+    adversarial_eps: float = 0.0
+    adversarial_steps: int = 7
+    trades_beta: float = 0.0
 
     def __post_init__(self) -> None:
-        for option in ("local_epochs", "batch_size"):
+        for option in ("local_epochs", "batch_size", "adversarial_steps"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"{option} must be at least 1, not {getattr(self, option)}")
-        for option in ("learning_rate", "weight_decay", "proximal_mu", "max_grad_norm"):
+        for option in (
+            *("learning_rate", "weight_decay", "proximal_mu", "max_grad_norm"),
+            *("adversarial_eps", "trades_beta"),
+        ):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ConfigError(
                     f"{option} must be finite and not negative, not {getattr(self, option)}"
                 )
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be in [0, 1), not {self.momentum}")
+        if self.trades_beta and not self.adversarial_eps:
+            raise ConfigError("trades_beta needs adversarial_eps above 0")
 
     def to_config(self) -> dict[str, Any]:
-        """Return the JSON-ready fields."""
-        return dataclasses.asdict(self)
+        """Return the JSON-ready fields; those of an attacker only if there is one."""
+        plain = dataclasses.asdict(self)
+        if not self.adversarial_eps:
+            for option in ("adversarial_eps", "adversarial_steps", "trades_beta"):
+                del plain[option]
+        return plain
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrainingConfig:

@@ -214,7 +214,7 @@ def test_what_is_done_is_not_done_again(run: Path, tmp_path: Path) -> None:
     evaluate(run, mine, seed=1)
     assert len(CALLS) == 6
     tensors, _ = read_model(run)
-    shifted = {name: tensor + np.float32(1e-3) for name, tensor in tensors.items()}
+    shifted = {name: np.asarray(tensor + 1e-3, np.float32) for name, tensor in tensors.items()}
     rewrite(run, shifted)
     evaluate(run, mine, seed=1)
     assert len(CALLS) == 8

@@ -222,3 +222,9 @@ def test_an_interval_is_for_a_search() -> None:
     assert found is not None
     assert (found.fixed, found.trials, found.seed) == (("seed=3",), 20, 3)
     assert config.search(["learning_rate=0.1,0.2"]) is None
+
+
+def test_a_run_of_an_older_version_gets_the_defaults_of_new_options():
+    saved = config.load(["rounds=5"]).to_config()
+    del saved["adversarial_eps"]
+    assert config.load_resumed(saved, []) == config.load(["rounds=5"])

@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
     "learning": (
-        "models tasks quantization training private_training accelerate export",
+        "models tasks quantization training private_training accelerate export evasion adversarial",
         "flwr hydra omegaconf ray rich matplotlib",
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),

@@ -404,7 +404,8 @@ def test_examples_without_labels_are_refused(n: int, labels: int) -> None:
 def test_configuration_round_trips_and_is_strict() -> None:
     config = TrainingConfig(momentum=0.9, local_epochs=3)
     assert TrainingConfig.from_config(config.to_config()) == config
-    assert set(config.to_config()) == {f.name for f in dataclasses.fields(config)}
+    attacked = dataclasses.replace(config, adversarial_eps=0.1)
+    assert set(attacked.to_config()) == {f.name for f in dataclasses.fields(config)}
     assert TrainingConfig.from_config({"momentum": 0}).momentum == 0.0
 
 

@@ -79,6 +79,11 @@ class ExampleGaussian(Mechanism):
                 f"{experiment.quantization.name} learns ranges beside it without noise; choose "
                 "quantization=none, and quantize the trained model"
             )
+        if experiment.adversarial_eps:
+            raise ConfigError(
+                "privacy=example_gaussian has a training loop of its own, without an attacker; "
+                "choose adversarial_eps=0"
+            )
 
     def about(
         self, number: int, seed: int, cohort: int, size: int, task: Mapping[str, Any]

@@ -48,7 +48,7 @@ _WHY = {
 def figure_text(value: float | None, unit: str) -> str:
     """Return a figure in its unit.
 
-    >>> figure_text(0.2345, "share"), figure_text(41.96, "dB"), figure_text(None, "AUC")
+    >>> figure_text(0.2346, "share"), figure_text(41.96, "dB"), figure_text(None, "AUC")
     ('23.5 %', '42.0 dB', '-')
     """
     if value is None or not math.isfinite(value):
@@ -140,7 +140,7 @@ def _header(card: Card) -> str:
     facts = {
         "model": registry.describe(config["model"], "model"),
         "data": registry.describe(config["data"], "data"),
-        "quantization": registry.describe(config["quantization"], "quantization"),
+        "quantization": registry.describe(config["quantization"]),
         "uplink": registry.describe(config["codec"], "codec"),
         "judged by": "integer arithmetic" if run["integer"] else "fake quantizers",
         "model SHA-256": f"{run['model_sha256'][:16]}…",

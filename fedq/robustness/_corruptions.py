@@ -83,7 +83,7 @@ def _impulse_noise(x: Array, level: float, rng: np.random.Generator) -> Array:
 
 @_corruption("blur", "image", levels=(0.4, 0.6, 0.8, 1.2, 1.8))
 def _gaussian_blur(x: Array, level: float, rng: np.random.Generator) -> Array:
-    width = level * x.shape[-1] / _SIDE
+    width = level * max(x.shape[-1] / _SIDE, 0.8)  # a narrower one changes nothing
     return np.asarray(ndimage.gaussian_filter(x, (0, 0, width, width)))
 
 

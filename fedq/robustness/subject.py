@@ -25,6 +25,7 @@ from fedq.export._convert import convert
 from fedq.export._graph import Graph
 from fedq.export._source import source
 from fedq.quantization.base import float_twin
+from fedq.quantization.fake import FakeQuantizer
 from fedq.random import generator
 from fedq.results import read_config, read_model
 from fedq.simulation import partition
@@ -113,6 +114,11 @@ class Subject:
     def accuracy(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
         """Return the share of examples that the deployed model gets right."""
         return float((self.deployed(x).argmax(1) == y).mean())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the network has quantizers."""
+        return any(isinstance(module, FakeQuantizer) for module in self.network.modules())
 
     @property
     def pixels(self) -> bool:
