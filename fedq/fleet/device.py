@@ -33,6 +33,7 @@ from fedq.errors import FedqError
 from fedq.fleet import flower, health
 from fedq.fleet.files import Device, locked
 from fedq.fleet.link import IDLE_HEARTBEAT_S, Link, RunOverError, StoppedError
+from fedq.fleet.profile import Profile
 from fedq.fleet.trainer import Trainer
 
 # isort: split
@@ -116,7 +117,12 @@ class _Node:
     def __post_init__(self) -> None:
         self.link = Link(self.device, self.stopped)
         self.trainer = Trainer(self.device.idle_s)
-        self.inflight, self.sending = (self.device.state / name for name in ("message", "reply"))
+        self.inflight, self.sending, self.measured = (
+            self.device.state / name for name in ("message", "reply", "profile.json")
+        )
+        self._learn(Profile.read(self.measured))
+        if "weight-bits" in self.device.node:
+            self.link.report["weight_bits"] = self.device.node["weight-bits"]
         self.moved = self.asked = time.monotonic()
         self.worked = -math.inf
         self.soon = threading.Event()
@@ -180,16 +186,28 @@ class _Node:
             health.notify("STATUS=training")
             reply = self._reply(response, run_config)
             self._send(reply, metadata.run_id, metadata.created_at, metadata.ttl)
-            confirmation = flower.ConfirmMessageReceivedRequest(
-                node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
-            )
-            self.link.invoke(self.link.ConfirmMessageReceived, confirmation)
+            self.link.invoke(self._confirm, metadata)
             LOG.info("round %s: replied", metadata.group_id or "?")
+            if metadata.group_id.isdecimal():
+                self.link.report["round"] = int(metadata.group_id)
         except RunOverError as error:
             LOG.warning("round %s: %s", metadata.group_id or "?", error)
+            with contextlib.suppress(httpx.HTTPError):  # else it would be given again
+                self._confirm(metadata)
         health.notify("STATUS=waiting for work")
         self._forget()
+        self.profile.save(self.measured)
         self.moved = self.worked = time.monotonic()
+
+    def _confirm(self, metadata: Any) -> None:
+        request = flower.ConfirmMessageReceivedRequest(
+            node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
+        )
+        self.link.ConfirmMessageReceived(request)
+
+    def _learn(self, profile: Profile) -> None:
+        self.profile = profile
+        self.link.report.update(profile.report())
 
     def _reply(self, response: Any, run_config: dict[str, Any]) -> Message:
         tree = response.message_object_trees[0]
@@ -217,7 +235,9 @@ class _Node:
             state=RecordDict(),
             run_config=run_config,
         )
-        return self.trainer.answer(message, context, self._alive)
+        reply = self.trainer.answer(message, context, self._alive)
+        self._learn(self.profile.trained(*self.trainer.last))
+        return reply
 
     def _run_config(self, run_id: int) -> dict[str, Any]:
         if run_id not in self.runs:
@@ -253,7 +273,10 @@ class _Node:
         # With the times of its message, a reply that is made again after a kill is the same to the
         # byte: the server refuses a second one, but takes what is missing of the first.
         reply.metadata.created_at, reply.metadata.ttl = sent_at, ttl
+        # So is the size of its pieces: what is measured now counts for the next one.
+        flower.set_chunk_bytes(self.profile.chunk_bytes(self.device.chunk_bytes))
         reply.metadata.__dict__["_message_id"] = reply.object_id
+        size_bytes, send_s = 0, 0.0
         with flower.no_object_id_recompute():
             begun = self._begun(reply)
             session, wanted = begun or self._begin(reply)
@@ -267,10 +290,14 @@ class _Node:
                     object_content=part.deflate(),
                     session_id=session,
                 )
+                start = time.monotonic()
                 stored = self.link.invoke(self.link.PushObject, request).stored
                 self.moved = time.monotonic()
+                size_bytes += len(request.object_content)
+                send_s += self.moved - start
                 if not stored and not begun:
                     raise RunOverError("the server does not take the reply any more")
+        self._learn(self.profile.sent(size_bytes, send_s))
 
     def _begin(self, reply: Message) -> tuple[str, set[str]]:
         """Announce a reply; return the session in which the server wants which objects of it."""

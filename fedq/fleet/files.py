@@ -219,6 +219,7 @@ class Device:
       node: Flower's node configuration: ``data``, ``data-path``, ``partition-id`` ...
       heartbeat_s: Within twice this time the server notices that a working device is gone.
       wait_s: How long one request for work stays open while there is none.
+      timeout_s: Silence of the server, beyond that, after which a connection is given up.
       chunk_bytes: Largest piece of an update that is sent, and on failure sent again, at once.
       idle_s: Without work for so long, the trainer's memory is given back.
     """
@@ -229,6 +230,7 @@ class Device:
     node: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     heartbeat_s: float = 20.0
     wait_s: float = 90.0
+    timeout_s: float = 60.0
     chunk_bytes: int = 128 * 1024
     idle_s: float = 600.0
 

@@ -17,7 +17,7 @@ from fedq import records  # noqa: F401  (sets what Flower reads at import)
 from fedq.errors import FedqError
 
 # isort: split
-from flwr.app.message import remove_content_from_message
+from flwr.app.message import array, remove_content_from_message
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import (
     context_from_proto,
@@ -131,6 +131,7 @@ __all__ = [
     "remove_content_from_message",
     "require_known",
     "run_from_proto",
+    "set_chunk_bytes",
     "superlink_app",
     "user_config_to_proto",
 ]
@@ -152,8 +153,13 @@ def destinations(body: bytes) -> list[int]:
 
 
 def asking_node(body: bytes) -> int:
-    """Return the node that asks for messages."""
+    """Return the node that asks for messages, or confirms one: both say it in the same field."""
     return int(PullMessagesRequest.FromString(body).node.node_id)
+
+
+def set_chunk_bytes(size: int) -> None:
+    """Have arrays that are sent from now on cut into pieces of at most so many bytes."""
+    array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = size  # type: ignore[attr-defined]
 
 
 def superlink_app(arguments: list[str]) -> Any:

@@ -26,8 +26,6 @@ from fedq.fleet.gateway import REPORT, WAIT
 
 LOG = logging.getLogger("fedq")
 T = TypeVar("T")
-#: For each reading and writing on the socket; a slow link is not a dead one.
-TIMEOUT_S = 60.0
 CONNECT_S = 15.0
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
 #: What the server accepts of a clock; see Flower's node authentication.
@@ -99,13 +97,14 @@ class _Headers:
     """Adds what the gateway wants to know."""
 
     wait_s: float
+    own: dict[str, Any]
 
     def intercept(self, context: Any, call_next: Any) -> httpx.Response:
         if context.rpc_method.endswith("/PullMessages"):
             context.request.headers[WAIT.decode()] = f"{self.wait_s:g}"
         elif context.rpc_method.endswith(("/SendNodeHeartbeat", "/ActivateNode")):
             context.request.headers[REPORT.decode()] = json.dumps(
-                health.report(), separators=(",", ":")
+                health.report() | self.own, separators=(",", ":")
             )
         response: httpx.Response = call_next(context)
         return response
@@ -124,6 +123,8 @@ class Link(flower.FleetHttpClient):
         self, device: Device, stopped: Event | None = None, max_tries: int | None = None
     ) -> None:
         key = identity.load_openssh(device.key)
+        #: What the device reports of itself, beside what every machine can say.
+        self.report: dict[str, Any] = {}
         try:
             context = ssl.create_default_context(cafile=str(device.ca))
         except OSError as error:
@@ -134,14 +135,16 @@ class Link(flower.FleetHttpClient):
             f"https://{device.server}",
             interceptors=[
                 flower.NodeAuthHttpInterceptor(key, key.public_key()),
-                _Headers(device.wait_s),
+                _Headers(device.wait_s, self.report),
             ],
         )
         self._client.close()
         self._client = httpx.Client(
             verify=context,
             trust_env=False,
-            timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_S, read=device.wait_s + TIMEOUT_S),
+            timeout=httpx.Timeout(
+                device.timeout_s, connect=CONNECT_S, read=device.wait_s + device.timeout_s
+            ),
             limits=httpx.Limits(keepalive_expiry=device.wait_s + 2 * IDLE_HEARTBEAT_S),
         )
         # Each object of a message is a request: defaults that change nothing are a fifth of it.
