@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,7 @@ import fedq
 from fedq import records  # noqa: F401  (sets what Flower reads at import)
 from fedq.errors import FedqError
 from fedq.fleet import flower, health
+from fedq.fleet.artefacts import DIGEST, Artefacts, NotReleasedError
 from fedq.fleet.files import Device, locked
 from fedq.fleet.link import IDLE_HEARTBEAT_S, Link, RunOverError, StoppedError
 from fedq.fleet.profile import Profile
@@ -121,6 +123,10 @@ class _Node:
             self.device.state / name for name in ("message", "reply", "profile.json")
         )
         self._learn(Profile.read(self.measured))
+        self.artefacts = Artefacts(self.device.artefacts, self.device.ca.read_bytes())
+        self.refused = ""
+        if current := self.artefacts.current:
+            self.link.report["artefact"] = current
         if "weight-bits" in self.device.node:
             self.link.report["weight_bits"] = self.device.node["weight-bits"]
         self.moved = self.asked = time.monotonic()
@@ -158,6 +164,7 @@ class _Node:
             self._answer(response)
         else:
             self.trainer.rest()
+            self._run_release()
             if self.moved - asked < 0.05:  # a server that does not wait: Flower's own
                 self.stopped.wait(3.0)
 
@@ -320,6 +327,36 @@ class _Node:
         except (OSError, ValueError):
             return None
         return (session, set(wanted)) if object_id == reply.object_id else None
+
+    # --- the model that the device runs ---------------------------------------------------------
+
+    def _run_release(self) -> None:
+        """Run the release that the server names, if it is another one; a refusal is final."""
+        digest = self.link.release
+        if digest in ("", self.artefacts.current, self.refused) or not DIGEST.fullmatch(digest):
+            return
+        health.notify("STATUS=taking in a release")
+        try:
+            state = self.artefacts.install(digest, partial(self.link.invoke, self._fetch))
+            LOG.info("runs release %.12s from now on: %s", digest, state)
+        except NotReleasedError as error:
+            self.refused, state = digest, f"{digest[:12]} refused: {error}"
+            LOG.warning("release %.12s is refused: %s; %s", digest, error, self._still())
+        except OSError as error:
+            self.refused, state = digest, f"{digest[:12]} refused: {error.strerror}"
+            LOG.warning("release %.12s cannot be kept: %s; %s", digest, error, self._still())
+        self.link.report |= {"artefact": self.artefacts.current, "artefact_state": state[:100]}
+        self.moved = time.monotonic()
+        self.soon.set()  # the server wants to know
+        health.notify("STATUS=waiting for work")
+
+    def _still(self) -> str:
+        current = self.artefacts.current
+        return f"{current[:12]} goes on" if current else "none runs"
+
+    def _fetch(self, digest: str, name: str, offset: int) -> bytes:
+        self.moved = time.monotonic()
+        return self.link.fetch(digest, name, offset)
 
     # --- what survives a kill ------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ its server:
   having confirmed its message has lost it, to a cut or to a kill, and is given it again.
 - **Bodies are bounded before they are read**: by what a request of its kind may have, and all
   together.
+- **Models are fetched.** A device is told with each answer which release it should run; that one it
+  may fetch.
 - **What is seen.** When each device was last heard, bytes of its requests and replies (bodies and
   headers, without TLS), and the few numbers that it reports of itself.
 """
@@ -22,6 +24,7 @@ import asyncio
 import base64
 import binascii
 import json
+import re
 import time
 from collections.abc import (
     AsyncIterator,
@@ -45,11 +48,14 @@ FLEET_API = "/v1/fleet/"
 PULL, CONFIRM = "/v1/fleet/pull-messages", "/v1/fleet/confirm-message-received"
 #: The one request of a device that is large.
 OBJECT = "/v1/fleet/push-object"
-#: Where the administrator's side asks what the gateway has seen.
-SEEN = "/v1/fedq/devices"
+#: Where a device gets the files of a release: digest, name and offset follow.
+RELEASE = "/v1/fedq/release/"
+PIECE_BYTES = 1 << 18
+#: Where the administrator's side asks what the gateway has seen, and says that there are releases.
+SEEN, RELEASED = "/v1/fedq/devices", "/v1/fedq/released"
 #: A run's requests that name devices with work, and that complete what the work consists of.
 PUSH, COMPLETE = "/v1/runtime/push-messages", "/v1/runtime/push-object"
-WAIT, REPORT = b"x-fedq-wait", b"x-fedq-report"
+WAIT, REPORT, WANTED = b"x-fedq-wait", b"x-fedq-report", b"x-fedq-release"
 MAX_WAIT_S = 300.0
 #: The pieces of a message come one after the other.
 GATHER_S = 0.1
@@ -63,7 +69,7 @@ MAX_STRANGERS_BYTES = 1 << 16
 MAX_HELD_BYTES = 256 << 20
 #: A message that a device loses so often is not given to it again.
 MOST_DELIVERIES = 3
-MAX_REPORT_BYTES = 512
+MAX_REPORT_BYTES = 1024
 #: What a device may say of itself; all else is dropped.
 REPORTED = frozenset(
     {
@@ -72,6 +78,21 @@ REPORTED = frozenset(
         *("round", "artefact", "artefact_state"),
     }
 )
+
+
+@dataclass(frozen=True)
+class Releases:
+    """Which release each device should run, and its files.
+
+    Args:
+      signer: Returns the public key of who signed a request's headers, None if nobody did.
+      wanted: Returns a device's digest; empty if it should run nothing.
+      piece: Returns part of a file, by digest, name, offset and size; None if there is none.
+    """
+
+    signer: Callable[[Mapping[str, str]], bytes | None] = lambda headers: None
+    wanted: Callable[[str], str] = lambda name: ""
+    piece: Callable[[str, str, int, int], bytes | None] = lambda *where: None
 
 
 @dataclass
@@ -96,6 +117,7 @@ class Gateway:
       key_header: Header in which a device's public key comes, base64.
       destinations: Returns the node ids that the body of a run's push names.
       node: Returns the node id in the body of a device's question for work.
+      releases: Where they come from.
       clock: Seconds since 1970.
     """
 
@@ -107,11 +129,13 @@ class Gateway:
         key_header: str,
         destinations: Callable[[bytes], Iterable[int]],
         node: Callable[[bytes], int],
+        releases: Releases | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._app, self._control_port, self._name = app, control_port, name
         self._key_header, self._clock = key_header.lower().encode(), clock
         self._destinations, self._node = destinations, node
+        self._releases = releases or Releases()
         self._due: set[int] = set()  # nodes with work that they have not been given
         self._given: dict[int, _Given] = {}  # by node, what it has not confirmed
         self._held_bytes = 0
@@ -131,7 +155,13 @@ class Gateway:
                 known = {name: asdict(seen) for name, seen in sorted(self.seen.items())}
                 await _answer(send, 200, json.dumps(known).encode())
                 return
+            if path == RELEASED:
+                self._tell()
+                await _answer(send, 200, b"{}")
+                return
             await self._serve_administrator(scope, receive, send)
+        elif path.startswith(RELEASE):
+            await self._serve_release(scope, send)
         elif not path.startswith(FLEET_API):
             await _answer(send, 404, b'{"detail": "devices reach the Fleet API only"}')
         else:
@@ -149,8 +179,31 @@ class Gateway:
         if path == PUSH:
             self._due.update(self._destinations(bytes(body)))
         elif path == COMPLETE:
-            self._work.set()
-            self._work = asyncio.Event()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Have those who wait look whether there is something for them."""
+        self._work.set()
+        self._work = asyncio.Event()
+
+    async def _serve_release(self, scope: Scope, send: Send) -> None:
+        headers = {
+            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
+        }
+        key = self._releases.signer(headers)
+        name = None if key is None else self._name(key)
+        digest, _, rest = scope["path"].removeprefix(RELEASE).partition("/")
+        file, _, offset = rest.partition("/")
+        if name is None:
+            await _answer(send, 401, b'{"detail": "not a device of this fleet"}')
+            return
+        data = None
+        if digest == self._releases.wanted(name) and re.fullmatch(r"\d{1,12}", offset, re.ASCII):
+            data = self._releases.piece(digest, file, int(offset), PIECE_BYTES)
+        if data is None:
+            await _answer(send, 404, b'{"detail": "not released for this device"}')
+        else:
+            await _answer(send, 200, data)
 
     async def _serve_device(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, work = dict(scope["headers"]), self._work
@@ -168,7 +221,8 @@ class Gateway:
             elif response.status == 200 and (wait_s := _seconds(headers.get(WAIT))):
                 response = self._deliver(node, response)
                 if not response.size:
-                    await self._wait(node, receive, work, time.monotonic() + wait_s)
+                    await self._wait(node, name, receive, work, time.monotonic() + wait_s)
+                response.add(WANTED, self._releases.wanted(name or "").encode())
         self._note(name, headers, scope, body, response)
         for message in response.messages:
             await send(message)
@@ -215,8 +269,11 @@ class Gateway:
         finally:
             self._held_bytes -= len(body)
 
-    async def _wait(self, node: int, receive: Receive, work: asyncio.Event, end: float) -> None:
-        """Wait until a node has work, time is up or the device has left."""
+    async def _wait(
+        self, node: int, name: str | None, receive: Receive, work: asyncio.Event, end: float
+    ) -> None:
+        """Wait until a node has work or another release, time is up or the device has left."""
+        wanted = self._releases.wanted(name or "")
         leaving = asyncio.ensure_future(receive())
         try:
             while (left_s := end - time.monotonic()) > 0 and not leaving.done():
@@ -228,6 +285,8 @@ class Gateway:
                 waiting.cancel()
                 if came and node in self._due:
                     await asyncio.sleep(GATHER_S)
+                    return
+                if came and self._releases.wanted(name or "") != wanted:
                     return
                 work = self._work
         finally:
@@ -294,6 +353,12 @@ class _Response:
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         return list(self.messages[0].get("headers", ())) if self.messages else []
+
+    def add(self, name: bytes, value: bytes) -> None:
+        """Add a header, unless there is nothing to say."""
+        if value:
+            start = self.messages[0]
+            self.messages[0] = {**start, "headers": [*start.get("headers", ()), (name, value)]}
 
     @property
     def size(self) -> int:

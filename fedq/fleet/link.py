@@ -22,7 +22,7 @@ import httpx
 from fedq.errors import FedqError
 from fedq.fleet import flower, health, identity
 from fedq.fleet.files import Device
-from fedq.fleet.gateway import REPORT, WAIT
+from fedq.fleet.gateway import PIECE_BYTES, RELEASE, REPORT, WAIT, WANTED
 
 LOG = logging.getLogger("fedq")
 T = TypeVar("T")
@@ -98,6 +98,7 @@ class _Headers:
 
     wait_s: float
     own: dict[str, Any]
+    told: dict[str, str]
 
     def intercept(self, context: Any, call_next: Any) -> httpx.Response:
         if context.rpc_method.endswith("/PullMessages"):
@@ -107,6 +108,8 @@ class _Headers:
                 health.report() | self.own, separators=(",", ":")
             )
         response: httpx.Response = call_next(context)
+        if context.rpc_method.endswith("/PullMessages") and response.is_success:
+            self.told["release"] = response.headers.get(WANTED.decode(), "")
         return response
 
 
@@ -125,6 +128,8 @@ class Link(flower.FleetHttpClient):
         key = identity.load_openssh(device.key)
         #: What the device reports of itself, beside what every machine can say.
         self.report: dict[str, Any] = {}
+        self._told: dict[str, str] = {}
+        self._signer = flower.NodeAuthHttpInterceptor(key, key.public_key())
         try:
             context = ssl.create_default_context(cafile=str(device.ca))
         except OSError as error:
@@ -134,8 +139,8 @@ class Link(flower.FleetHttpClient):
         super().__init__(
             f"https://{device.server}",
             interceptors=[
-                flower.NodeAuthHttpInterceptor(key, key.public_key()),
-                _Headers(device.wait_s, self.report),
+                self._signer,
+                _Headers(device.wait_s, self.report, self._told),
             ],
         )
         self._client.close()
@@ -153,6 +158,32 @@ class Link(flower.FleetHttpClient):
         self.server, self.public_key = device.server, flower.public_key_to_bytes(key.public_key())
         self.retrying = Retrying(self.explain, stopped, max_tries)
         self.invoke = self.retrying.invoke
+
+    @property
+    def release(self) -> str:
+        """The release that this device should run, as the server said last; empty for none."""
+        return self._told.get("release", "")
+
+    def fetch(self, digest: str, name: str, offset: int) -> bytes:
+        """Return part of a file of a release; empty at its end, and where there is none."""
+        url = f"https://{self.server}{RELEASE}{digest}/{name}/{offset}"
+        request = self._client.build_request("GET", url)
+        about = flower.ProtobufRequestContext("fedq/GetRelease", flower.Node(), request)
+        response = self._signer.intercept(
+            about, lambda context: self._client.send(context.request, stream=True)
+        )
+        try:
+            if response.status_code == httpx.codes.NOT_FOUND:
+                return b""
+            response.raise_for_status()
+            data = bytearray()
+            for part in response.iter_raw():
+                data += part
+                if len(data) > PIECE_BYTES:
+                    raise FedqError("the server sends more of a release than it was asked for")
+            return bytes(data)
+        finally:
+            response.close()
 
     def explain(self, error: Exception) -> Exception:
         """Return what to say about a failed request.

@@ -1,7 +1,7 @@
 """What a device has learnt of itself at work: how fast it trains, and how fast its link sends.
 
-Measured on what was done anyway, and kept on disk: written when a figure has changed by a quarter or
-decides otherwise, which is seldom.
+Measured on what was done anyway, and kept on disk: written when a figure has changed by a quarter,
+or decides otherwise, which is seldom.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write the profile if it differs from what is on disk by enough to matter."""
         before, now = self.read(path), self.report()
-        same = before.chunk_bytes(0) == self.chunk_bytes(0)  # a reply begun is the same after a kill
+        same = before.chunk_bytes(0) == self.chunk_bytes(
+            0
+        )  # a reply begun is the same after a kill
         if same and all(_close(getattr(before, name), value) for name, value in now.items()):
             return
         with contextlib.suppress(OSError):  # a full disk

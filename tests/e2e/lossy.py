@@ -1,4 +1,4 @@
-"""A network that loses packets: a namespace whose only link is a process that forwards, or does not.
+"""A network that loses packets: a namespace whose only link is a process that may forward them.
 
 Real TCP on both ends, with its own retransmission and back-off. Needs root and ``/dev/net/tun``;
 nothing of the machine's own network changes but two interfaces and a namespace, which end with it.

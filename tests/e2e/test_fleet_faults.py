@@ -338,13 +338,11 @@ class Raw:
     def __init__(self, body: bytes) -> None:
         self._body = body
 
-    def SerializeToString(self) -> bytes:  # noqa: N802
+    def SerializeToString(self) -> bytes:
         return self._body
 
 
-def test_strangers_stay_outside_and_a_rotated_key_counts(
-    hurried: Gauntlet, tmp_path: Path
-) -> None:
+def test_strangers_stay_outside_and_a_rotated_key_counts(hurried: Gauntlet, tmp_path: Path) -> None:
     other = demo.make_fleet(tmp_path / "other", 1)
     with ExitStack() as stack:
         for name, words in (("ca", "not from this device's fleet"), ("key", "does not accept")):
