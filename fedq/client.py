@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,7 @@ from flwr.clientapp import ClientApp
 if TYPE_CHECKING:
     from fedq.training import Trained, Trainer
 
+LOG = logging.getLogger("fedq")
 EMPTY = Layout((), ())
 #: What of a request's metadata decides the model, and what it says only if it is no classification.
 MODEL_KEYS = ("model", "quantization", "input_shape", "classes")
@@ -142,10 +144,7 @@ class Task:
                 raise
             # Not the one that the server means, such as weights that another torch initialised.
             raise NoBaseError(int(base), int(metadata["round"])) from error
-        kept = store is not None and metadata.get("keep") is True
-        if kept:
-            assert store is not None
-            store.keep_model(int(metadata["round"]), weights)
+        kept = metadata.get("keep") is True and _keep(store, int(metadata["round"]), weights)
         moved = None
         if reference is not None and metadata.get("context") is True:
             moved = weights - reference
@@ -263,6 +262,18 @@ class Task:
         return _dropped(self.message, self.round, reason, **more)
 
 
+def _keep(store: StateStore | None, server_round: int, weights: Vector) -> bool:
+    """Keep a model for the next request to build on; a full disk costs that, not the update."""
+    if store is None:
+        return False
+    try:
+        store.keep_model(server_round, weights)
+    except FedqError as error:
+        LOG.warning("the next model comes whole: %s", error)
+        return False
+    return True
+
+
 def _answer(message: Message, *envelopes: wire.Envelope) -> Message:
     """Answer with the shortest; each is sealed once."""
     return Message(records.pack(min(map(wire.seal, envelopes), key=len)), reply_to=message)
@@ -356,6 +367,7 @@ class Client:
     """Trains what the server names on the site's data; one model is kept between messages."""
 
     site: Site
+    trained_images: int = 0  #: examples times epochs, since this client was made
     _trainers: dict[tuple[str, int], Trainer] = field(default_factory=dict, repr=False)
     _requests: list[_Request] = field(default_factory=list, repr=False)
 
@@ -434,6 +446,7 @@ class Client:
             trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
             return task.drop(str(error))
+        self.trained_images += len(y) * request.training.local_epochs
         if own.size:
             store.keep_local(client, task.round, trainer.local())
             trained = dataclasses.replace(trained, delta=trainer.weights() - task.weights)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class StateStore:
             for _, old in _by_round(folder)[kept:]:
                 old.unlink(missing_ok=True)
         except OSError as error:
+            with contextlib.suppress(OSError):  # half a file is room on a full disk
+                temporary.unlink(missing_ok=True)
             raise FedqError(f"cannot keep client state in {self.directory}: {error}") from error
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedq.fleet.files import Fleet
 
 FAILURE = 1
-_DATA_OPTION = re.compile(r"(?:data(?:-[a-z-]+)?|partition-id|num-partitions)")
+_NODE_OPTION = re.compile(r"(?:data(?:-[a-z-]+)?|partition-id|num-partitions|weight-bits)")
 
 
 def add_parser(commands: Any) -> None:
@@ -87,13 +87,26 @@ def add_parser(commands: Any) -> None:
     up = add("up", _up, "start the server")
     up.add_argument("--foreground", action="store_true", help="stay, as a service does")
     add("down", _down, "stop the server; devices wait for it")
-    add("status", _status, "show the devices and the newest run")
+    status = add("status", _status, "show the devices and the newest run")
+    status.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
     logs = add("logs", _logs, "show the server's log")
     logs.add_argument("-n", "--lines", type=int, default=40, help="last lines (default: 40)")
 
     run = add("run", _run, "train on the devices; options as for fedq simulate", overrides=True)
     run.add_argument(
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for all devices (default: 60)"
+    )
+
+    deploy = add("deploy", _deploy, "export a run's model and have devices run it")
+    deploy.add_argument(
+        "names", nargs="*", metavar="RUN | DEVICE", help="the run, then devices (default: all)"
+    )
+    deploy.add_argument("--to", default="litert", help="runtime, as for fedq export")
+    deploy.add_argument(
+        "--rollback", action="store_true", help="no run: what the devices ran before"
+    )
+    deploy.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="for devices (default: 60)"
     )
 
     join = add("join", _join, "on a device: take in its enrolment bundle", server=False)
@@ -287,15 +300,18 @@ def _down(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from fedq.fleet import status
-
-    found = status.collect(_open(options))
-    if options.json:
-        print(json.dumps(found))
-        return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(status.render(found))
+    from fedq.fleet import status
+
+    fleet = _open(options)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if options.watch and not options.json:
+        status.watch(fleet, console)
+    elif options.json:
+        print(json.dumps(status.collect(fleet)))
+    else:
+        console.print(status.render(status.collect(fleet)))
 
 
 def _logs(options: argparse.Namespace) -> None:
@@ -332,6 +348,35 @@ def _run(options: argparse.Namespace) -> None:
     console.print(f"results in {path}", soft_wrap=True, highlight=False)
 
 
+def _deploy(options: argparse.Namespace) -> int:
+    from fedq.fleet import control, releases, status
+
+    fleet, names = _open(options), list(options.names)
+    if not options.rollback:
+        if not names:
+            raise ConfigError("name the run: fedq fleet deploy RUN, or --rollback")
+        run = Path(names.pop(0))
+        if not (run / "model.safetensors").exists():
+            raise ConfigError(f"{run} is no finished run; name the run first, then devices")
+    for name in names:
+        fleet.require(name)
+    names = names or list(fleet.devices)
+    if not names:
+        raise ConfigError("this fleet has no devices; add some with fedq fleet add NAME")
+    if options.rollback:
+        releases.go_back(fleet, names)
+    else:
+        releases.want(fleet, names, releases.make(fleet, run, options.to))
+    if fleet.pid() is not None:
+        control.announce(fleet)
+    found = status.wait_for_releases(fleet, names, options.wait)
+    lines = [
+        f"{name:20} {release['runs'][:12]:12} {release['said']}" for name, release in found.items()
+    ]
+    _tell(options, {"devices": found}, *lines)
+    return 0 if all(release["runs"] == release["wanted"] for release in found.values()) else FAILURE
+
+
 # --- a device ------------------------------------------------------------------------------------
 
 
@@ -363,9 +408,10 @@ def _node_options(texts: Sequence[str]) -> dict[str, bool | int | float | str]:
     found: dict[str, bool | int | float | str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not _DATA_OPTION.fullmatch(key):
+        if not equals or not _NODE_OPTION.fullmatch(key):
             raise ConfigError(
-                f"cannot use --node {text}; write data=NAME, data-OPTION=VALUE or partition-id=N"
+                f"cannot use --node {text}; write data=NAME, data-OPTION=VALUE, partition-id=N "
+                "or weight-bits=N"
             )
         try:
             found[key] = json.loads(value) if value[:1] in "-0123456789tf" else value

@@ -17,7 +17,7 @@ from fedq.errors import FedqError
 from fedq.fleet import flower
 from fedq.fleet.files import Fleet
 from fedq.fleet.flower import ControlHttpClient
-from fedq.fleet.gateway import SEEN
+from fedq.fleet.gateway import RELEASED, SEEN
 
 ONLINE = "online"
 TIMEOUT_S = 20.0
@@ -90,10 +90,19 @@ def online(client: ControlHttpClient, fleet: Fleet) -> list[str]:
 
 def seen(fleet: Fleet) -> dict[str, Any]:
     """Return what the gateway has seen of each device."""
+    return _get(fleet, SEEN)
+
+
+def announce(fleet: Fleet) -> None:
+    """Have devices that wait for work look at which release they should run."""
+    _get(fleet, RELEASED)
+
+
+def _get(fleet: Fleet, path: str) -> dict[str, Any]:
     context = ssl.create_default_context(cafile=str(fleet.path("ca.crt")))
     try:
         with urllib.request.urlopen(
-            f"https://{fleet.control_address}{SEEN}", timeout=TIMEOUT_S, context=context
+            f"https://{fleet.control_address}{path}", timeout=TIMEOUT_S, context=context
         ) as response:
             data = json.load(response)
     except (OSError, ValueError) as error:

@@ -147,11 +147,13 @@ def up(fleet: Fleet) -> Iterator[None]:
 
 
 @contextmanager
-def process(device: Device) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    device: Device, command: Sequence[str] = (sys.executable, "-m", "fedq.cli", "fleet", "node")
+) -> Iterator[subprocess.Popen[bytes]]:
     """Have a device's process for as long as the context lasts; its log is ``device.log``."""
     with (device.root / "device.log").open("ab") as log:
         running = subprocess.Popen(
-            [sys.executable, "-m", "fedq.cli", "fleet", "node", str(device.root)],
+            [*command, str(device.root)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

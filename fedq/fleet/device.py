@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -31,8 +32,10 @@ import fedq
 from fedq import records  # noqa: F401  (sets what Flower reads at import)
 from fedq.errors import FedqError
 from fedq.fleet import flower, health
+from fedq.fleet.artefacts import DIGEST, Artefacts, NotReleasedError
 from fedq.fleet.files import Device, locked
 from fedq.fleet.link import IDLE_HEARTBEAT_S, Link, RunOverError, StoppedError
+from fedq.fleet.profile import Profile
 from fedq.fleet.trainer import Trainer
 
 # isort: split
@@ -116,7 +119,16 @@ class _Node:
     def __post_init__(self) -> None:
         self.link = Link(self.device, self.stopped)
         self.trainer = Trainer(self.device.idle_s)
-        self.inflight, self.sending = (self.device.state / name for name in ("message", "reply"))
+        self.inflight, self.sending, self.measured = (
+            self.device.state / name for name in ("message", "reply", "profile.json")
+        )
+        self._learn(Profile.read(self.measured))
+        self.artefacts = Artefacts(self.device.artefacts, self.device.ca.read_bytes())
+        self.refused = ""
+        if current := self.artefacts.current:
+            self.link.report["artefact"] = current
+        if "weight-bits" in self.device.node:
+            self.link.report["weight_bits"] = self.device.node["weight-bits"]
         self.moved = self.asked = time.monotonic()
         self.worked = -math.inf
         self.soon = threading.Event()
@@ -152,6 +164,7 @@ class _Node:
             self._answer(response)
         else:
             self.trainer.rest()
+            self._run_release()
             if self.moved - asked < 0.05:  # a server that does not wait: Flower's own
                 self.stopped.wait(3.0)
 
@@ -180,16 +193,28 @@ class _Node:
             health.notify("STATUS=training")
             reply = self._reply(response, run_config)
             self._send(reply, metadata.run_id, metadata.created_at, metadata.ttl)
-            confirmation = flower.ConfirmMessageReceivedRequest(
-                node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
-            )
-            self.link.invoke(self.link.ConfirmMessageReceived, confirmation)
+            self.link.invoke(self._confirm, metadata)
             LOG.info("round %s: replied", metadata.group_id or "?")
+            if metadata.group_id.isdecimal():
+                self.link.report["round"] = int(metadata.group_id)
         except RunOverError as error:
             LOG.warning("round %s: %s", metadata.group_id or "?", error)
+            with contextlib.suppress(httpx.HTTPError):  # else it would be given again
+                self._confirm(metadata)
         health.notify("STATUS=waiting for work")
         self._forget()
+        self.profile.save(self.measured)
         self.moved = self.worked = time.monotonic()
+
+    def _confirm(self, metadata: Any) -> None:
+        request = flower.ConfirmMessageReceivedRequest(
+            node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
+        )
+        self.link.ConfirmMessageReceived(request)
+
+    def _learn(self, profile: Profile) -> None:
+        self.profile = profile
+        self.link.report.update(profile.report())
 
     def _reply(self, response: Any, run_config: dict[str, Any]) -> Message:
         tree = response.message_object_trees[0]
@@ -217,7 +242,9 @@ class _Node:
             state=RecordDict(),
             run_config=run_config,
         )
-        return self.trainer.answer(message, context, self._alive)
+        reply = self.trainer.answer(message, context, self._alive)
+        self._learn(self.profile.trained(*self.trainer.last))
+        return reply
 
     def _run_config(self, run_id: int) -> dict[str, Any]:
         if run_id not in self.runs:
@@ -253,7 +280,10 @@ class _Node:
         # With the times of its message, a reply that is made again after a kill is the same to the
         # byte: the server refuses a second one, but takes what is missing of the first.
         reply.metadata.created_at, reply.metadata.ttl = sent_at, ttl
+        # So is the size of its pieces: what is measured now counts for the next one.
+        flower.set_chunk_bytes(self.profile.chunk_bytes(self.device.chunk_bytes))
         reply.metadata.__dict__["_message_id"] = reply.object_id
+        size_bytes, send_s = 0, 0.0
         with flower.no_object_id_recompute():
             begun = self._begun(reply)
             session, wanted = begun or self._begin(reply)
@@ -267,10 +297,14 @@ class _Node:
                     object_content=part.deflate(),
                     session_id=session,
                 )
+                start = time.monotonic()
                 stored = self.link.invoke(self.link.PushObject, request).stored
                 self.moved = time.monotonic()
+                size_bytes += len(request.object_content)
+                send_s += self.moved - start
                 if not stored and not begun:
                     raise RunOverError("the server does not take the reply any more")
+        self._learn(self.profile.sent(size_bytes, send_s))
 
     def _begin(self, reply: Message) -> tuple[str, set[str]]:
         """Announce a reply; return the session in which the server wants which objects of it."""
@@ -293,6 +327,36 @@ class _Node:
         except (OSError, ValueError):
             return None
         return (session, set(wanted)) if object_id == reply.object_id else None
+
+    # --- the model that the device runs ---------------------------------------------------------
+
+    def _run_release(self) -> None:
+        """Run the release that the server names, if it is another one; a refusal is final."""
+        digest = self.link.release
+        if digest in ("", self.artefacts.current, self.refused) or not DIGEST.fullmatch(digest):
+            return
+        health.notify("STATUS=taking in a release")
+        try:
+            state = self.artefacts.install(digest, partial(self.link.invoke, self._fetch))
+            LOG.info("runs release %.12s from now on: %s", digest, state)
+        except NotReleasedError as error:
+            self.refused, state = digest, f"{digest[:12]} refused: {error}"
+            LOG.warning("release %.12s is refused: %s; %s", digest, error, self._still())
+        except OSError as error:
+            self.refused, state = digest, f"{digest[:12]} refused: {error.strerror}"
+            LOG.warning("release %.12s cannot be kept: %s; %s", digest, error, self._still())
+        self.link.report |= {"artefact": self.artefacts.current, "artefact_state": state[:100]}
+        self.moved = time.monotonic()
+        self.soon.set()  # the server wants to know
+        health.notify("STATUS=waiting for work")
+
+    def _still(self) -> str:
+        current = self.artefacts.current
+        return f"{current[:12]} goes on" if current else "none runs"
+
+    def _fetch(self, digest: str, name: str, offset: int) -> bytes:
+        self.moved = time.monotonic()
+        return self.link.fetch(digest, name, offset)
 
     # --- what survives a kill ------------------------------------------------------------------
 

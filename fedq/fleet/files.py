@@ -7,6 +7,7 @@
     server.crt server.key
     devices/pi-1.pub      the public key of each device
     bundles/pi-1.tar      what goes to the device; its private key in there is encrypted
+    releases/             models for devices, and which device should run which
     superlink.db .log     Flower's state
     superlink.lock        held, with the process id in it, while the SuperLink runs
     run.json run.lock     the newest run
@@ -14,6 +15,7 @@
     device.json           name, server, options of one device
     ca.crt key            the fleet's authority; the device's private key
     state/                what a device keeps between rounds
+    artefacts/            models that the device runs or ran before
 """
 
 from __future__ import annotations
@@ -164,14 +166,14 @@ class Fleet:
 
     def _keep(self, name: str, pair: Pair) -> None:
         identity.write_private(self.path(f"{name}.key"), pair.key)
-        _replace(self.path(f"{name}.crt"), pair.certificate)
+        replace_file(self.path(f"{name}.crt"), pair.certificate)
 
     def with_device(self, name: str, public_key: bytes) -> Self:
         """Return the fleet with a device, new or with a new key; both are written."""
         checked_name(name)
         identity.public_pem(public_key)  # refuses what Flower would
         (self.root / "devices").mkdir(exist_ok=True)
-        _replace(self.public_key(name), public_key)
+        replace_file(self.public_key(name), public_key)
         fleet = replace(self, devices=tuple(dict.fromkeys((*self.devices, name))))
         fleet.save()
         return fleet
@@ -219,6 +221,7 @@ class Device:
       node: Flower's node configuration: ``data``, ``data-path``, ``partition-id`` ...
       heartbeat_s: Within twice this time the server notices that a working device is gone.
       wait_s: How long one request for work stays open while there is none.
+      timeout_s: Silence of the server, beyond that, after which a connection is given up.
       chunk_bytes: Largest piece of an update that is sent, and on failure sent again, at once.
       idle_s: Without work for so long, the trainer's memory is given back.
     """
@@ -229,6 +232,7 @@ class Device:
     node: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     heartbeat_s: float = 20.0
     wait_s: float = 90.0
+    timeout_s: float = 60.0
     chunk_bytes: int = 128 * 1024
     idle_s: float = 600.0
 
@@ -263,6 +267,11 @@ class Device:
     def state(self) -> Path:
         """What the device keeps."""
         return self.root / "state"
+
+    @property
+    def artefacts(self) -> Path:
+        """The models that the device runs."""
+        return self.root / "artefacts"
 
 
 # --- locks ---------------------------------------------------------------------------------------
@@ -327,10 +336,11 @@ def end_process(path: Path, patience_s: float = 15.0) -> bool:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    _replace(path, (json.dumps(data, indent=2) + "\n").encode())
+    replace_file(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)

@@ -7,7 +7,10 @@ server need the pieces below it. They are those of Flower 1.41, which ``pyprojec
 
 from __future__ import annotations
 
+import base64
+import datetime
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +20,14 @@ from fedq import records  # noqa: F401  (sets what Flower reads at import)
 from fedq.errors import FedqError
 
 # isort: split
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import ErrorCode, SubStatus
+from flwr.app.message import array, remove_content_from_message
+from flwr.common.constant import (
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+    SubStatus,
+)
 from flwr.common.serde import (
     context_from_proto,
     fab_to_proto,
@@ -56,8 +65,13 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, TaskType
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TaskType,
+)
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import (
@@ -73,7 +87,12 @@ from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
 )
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key,
+    public_key_to_bytes,
+    verify_signature,
+)
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -97,6 +116,7 @@ __all__ = [
     "Node",
     "NodeAuthHttpInterceptor",
     "ProtobufError",
+    "ProtobufRequestContext",
     "PullMessagesRequest",
     "PullMessagesResponse",
     "PullObjectRequest",
@@ -131,6 +151,8 @@ __all__ = [
     "remove_content_from_message",
     "require_known",
     "run_from_proto",
+    "set_chunk_bytes",
+    "signed_by",
     "superlink_app",
     "user_config_to_proto",
 ]
@@ -152,8 +174,31 @@ def destinations(body: bytes) -> list[int]:
 
 
 def asking_node(body: bytes) -> int:
-    """Return the node that asks for messages."""
+    """Return the node that asks for messages, or confirms one: both say it in the same field."""
     return int(PullMessagesRequest.FromString(body).node.node_id)
+
+
+def signed_by(headers: Mapping[str, str]) -> bytes | None:
+    """Return the public key of who signed a request's time, just now, as nodes do; None if nobody.
+
+    Flower checks this itself on its own routes.
+    """
+    try:
+        key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
+        signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
+        time = headers[TIMESTAMP_HEADER.lower()]
+        age_s = (now() - datetime.datetime.fromisoformat(time)).total_seconds()
+        if not -SYSTEM_TIME_TOLERANCE < age_s < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            return None
+        public = bytes_to_public_key(key)
+        return key if verify_signature(public, time.encode("ascii"), signature) else None
+    except (KeyError, ValueError, TypeError):  # binascii's and Unicode's are ValueErrors
+        return None
+
+
+def set_chunk_bytes(size: int) -> None:
+    """Have arrays that are sent from now on cut into pieces of at most so many bytes."""
+    array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = size  # type: ignore[attr-defined]
 
 
 def superlink_app(arguments: list[str]) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedq
+from fedq.threads import usable_cores
 
 _PROC, _SYS = Path("/proc"), Path("/sys")
 
@@ -23,17 +24,15 @@ def report(proc: Path = _PROC, sysfs: Path = _SYS) -> dict[str, Any]:
         "fedq": fedq.__version__,
         "flwr": version("flwr"),
         "clock_s": round(time.time(), 1),
+        "cores": usable_cores(),
     }
     with contextlib.suppress(OSError):
         found["load"] = round(os.getloadavg()[0], 2)
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         found["memory_mb"] = memory_mb(proc=proc)
-        (free,) = (
-            line.split()[1]
-            for line in (proc / "meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable:")
-        )
-        found["free_mb"] = int(free) // 1024
+        rows = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+        sizes = {row[0]: int(row[1]) // 1024 for row in rows}
+        found["free_mb"], found["ram_mb"] = sizes["MemAvailable:"], sizes["MemTotal:"]
     with contextlib.suppress(OSError, ValueError):
         milli = (sysfs / "class/thermal/thermal_zone0/temp").read_text()
         found["temperature_c"] = round(int(milli) / 1000, 1)

@@ -130,6 +130,24 @@ def signed_by(certificate: bytes, ca: bytes) -> bool:
     return True
 
 
+def sign(ca: Pair, data: bytes) -> bytes:
+    """Return an authority's signature of something that is no certificate."""
+    key = serialization.load_pem_private_key(ca.key, password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def is_signed(ca: bytes, data: bytes, signature: bytes) -> bool:
+    """Return whether the authority with this certificate signed something."""
+    key = _certificate(ca).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    try:
+        key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def device_key() -> ec.EllipticCurvePrivateKey:
     """Return a new private key for a device."""
     return ec.generate_private_key(ec.SECP256R1())

@@ -22,12 +22,10 @@ import httpx
 from fedq.errors import FedqError
 from fedq.fleet import flower, health, identity
 from fedq.fleet.files import Device
-from fedq.fleet.gateway import REPORT, WAIT
+from fedq.fleet.gateway import PIECE_BYTES, RELEASE, REPORT, WAIT, WANTED
 
 LOG = logging.getLogger("fedq")
 T = TypeVar("T")
-#: For each reading and writing on the socket; a slow link is not a dead one.
-TIMEOUT_S = 60.0
 CONNECT_S = 15.0
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
 #: What the server accepts of a clock; see Flower's node authentication.
@@ -99,15 +97,19 @@ class _Headers:
     """Adds what the gateway wants to know."""
 
     wait_s: float
+    own: dict[str, Any]
+    told: dict[str, str]
 
     def intercept(self, context: Any, call_next: Any) -> httpx.Response:
         if context.rpc_method.endswith("/PullMessages"):
             context.request.headers[WAIT.decode()] = f"{self.wait_s:g}"
         elif context.rpc_method.endswith(("/SendNodeHeartbeat", "/ActivateNode")):
             context.request.headers[REPORT.decode()] = json.dumps(
-                health.report(), separators=(",", ":")
+                health.report() | self.own, separators=(",", ":")
             )
         response: httpx.Response = call_next(context)
+        if context.rpc_method.endswith("/PullMessages") and response.is_success:
+            self.told["release"] = response.headers.get(WANTED.decode(), "")
         return response
 
 
@@ -124,6 +126,10 @@ class Link(flower.FleetHttpClient):
         self, device: Device, stopped: Event | None = None, max_tries: int | None = None
     ) -> None:
         key = identity.load_openssh(device.key)
+        #: What the device reports of itself, beside what every machine can say.
+        self.report: dict[str, Any] = {}
+        self._told: dict[str, str] = {}
+        self._signer = flower.NodeAuthHttpInterceptor(key, key.public_key())
         try:
             context = ssl.create_default_context(cafile=str(device.ca))
         except OSError as error:
@@ -133,15 +139,17 @@ class Link(flower.FleetHttpClient):
         super().__init__(
             f"https://{device.server}",
             interceptors=[
-                flower.NodeAuthHttpInterceptor(key, key.public_key()),
-                _Headers(device.wait_s),
+                self._signer,
+                _Headers(device.wait_s, self.report, self._told),
             ],
         )
         self._client.close()
         self._client = httpx.Client(
             verify=context,
             trust_env=False,
-            timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_S, read=device.wait_s + TIMEOUT_S),
+            timeout=httpx.Timeout(
+                device.timeout_s, connect=CONNECT_S, read=device.wait_s + device.timeout_s
+            ),
             limits=httpx.Limits(keepalive_expiry=device.wait_s + 2 * IDLE_HEARTBEAT_S),
         )
         # Each object of a message is a request: defaults that change nothing are a fifth of it.
@@ -150,6 +158,32 @@ class Link(flower.FleetHttpClient):
         self.server, self.public_key = device.server, flower.public_key_to_bytes(key.public_key())
         self.retrying = Retrying(self.explain, stopped, max_tries)
         self.invoke = self.retrying.invoke
+
+    @property
+    def release(self) -> str:
+        """The release that this device should run, as the server said last; empty for none."""
+        return self._told.get("release", "")
+
+    def fetch(self, digest: str, name: str, offset: int) -> bytes:
+        """Return part of a file of a release; empty at its end, and where there is none."""
+        url = f"https://{self.server}{RELEASE}{digest}/{name}/{offset}"
+        request = self._client.build_request("GET", url)
+        about = flower.ProtobufRequestContext("fedq/GetRelease", flower.Node(), request)
+        response = self._signer.intercept(
+            about, lambda context: self._client.send(context.request, stream=True)
+        )
+        try:
+            if response.status_code == httpx.codes.NOT_FOUND:
+                return b""
+            response.raise_for_status()
+            data = bytearray()
+            for part in response.iter_raw():
+                data += part
+                if len(data) > PIECE_BYTES:
+                    raise FedqError("the server sends more of a release than it was asked for")
+            return bytes(data)
+        finally:
+            response.close()
 
     def explain(self, error: Exception) -> Exception:
         """Return what to say about a failed request.

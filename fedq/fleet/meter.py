@@ -1,6 +1,6 @@
 """A TCP proxy that counts: what a link really carries, TLS and retries included.
 
-For the demo, tests and benchmarks. It can also slow a link down and cut it.
+For the demo, tests and benchmarks. It can also slow a link down, cut it, and swallow what is sent.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ class Meter:
     Args:
       target: Port on loopback.
       up_bytes_s: Most that goes up in a second; 0 is no limit.
+      host: Address on which it listens.
     """
 
-    def __init__(self, target: int, up_bytes_s: float = 0.0) -> None:
+    def __init__(self, target: int, up_bytes_s: float = 0.0, host: str = "127.0.0.1") -> None:
         self.up_bytes = self.down_bytes = self.connections = 0
         self._target, self.up_bytes_s = target, up_bytes_s
         self._ends: set[socket.socket] = set()
-        self._lock, self._cut = threading.Lock(), False
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._lock, self._cut, self._swallows = threading.Lock(), False, False
+        self._listener = socket.create_server((host, 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -45,9 +46,16 @@ class Meter:
         for end in ends:
             _close(end)
 
+    def swallow(self) -> None:
+        """Leave connections open, also new ones, and lose all that is sent until :meth:`mend`.
+
+        What was lost stays lost: such a connection is half open for ever.
+        """
+        self._swallows = True
+
     def mend(self) -> None:
         """Let connections through again."""
-        self._cut = False
+        self._cut = self._swallows = False
 
     def close(self) -> None:
         """End everything."""
@@ -76,8 +84,12 @@ class Meter:
                 threading.Thread(target=self._pump, args=(source, sink, up), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        lost = False
         try:
             while data := source.recv(_PIECE):
+                lost = lost or self._swallows
+                if lost:
+                    continue
                 with self._lock:
                     if up:
                         self.up_bytes += len(data)

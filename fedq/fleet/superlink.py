@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from fedq.errors import FedqError
-from fedq.fleet import control, flower
+from fedq.fleet import control, flower, releases
 from fedq.fleet.files import Fleet, end_process, locked
-from fedq.fleet.gateway import Gateway
+from fedq.fleet.gateway import Gateway, Releases
 
 LOG = logging.getLogger("fedq")
 START_S = 60.0
@@ -55,6 +56,9 @@ def serve(fleet: Fleet) -> None:
             flower.FLEET_HTTP_PUBLIC_KEY_HEADER,
             flower.destinations,
             flower.asking_node,
+            Releases(
+                flower.signed_by, _Wanted(fleet), partial(releases.piece, fleet.path("releases"))
+            ),
         )
         server = uvicorn.Server(
             uvicorn.Config(
@@ -145,6 +149,22 @@ class _Names:
             with contextlib.suppress(FedqError):
                 self._names = {pem: name for name, pem in Fleet.open(self._root).nodes().items()}
         return self._names.get(key)
+
+
+class _Wanted:
+    """Which release each device should run; follows ``wanted.json`` while the server runs."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self._changed = fleet, 0
+        self._wanted: dict[str, list[str]] = {}
+
+    def __call__(self, name: str) -> str:
+        with contextlib.suppress(OSError, FedqError):
+            changed = (self._fleet.path("releases") / "wanted.json").stat().st_mtime_ns
+            if changed != self._changed:
+                self._wanted = releases.wanted(self._fleet)
+                self._changed = changed
+        return self._wanted.get(name, [""])[-1]
 
 
 def _register(server: uvicorn.Server, fleet: Fleet) -> None:

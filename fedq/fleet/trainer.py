@@ -49,6 +49,8 @@ class Trainer:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._used, self._data = 0.0, (0, 0)
+        #: Examples that the last request was trained with, and how long it took, in seconds.
+        self.last: tuple[int, float] = 0, 0.0
 
     @property
     def pid(self) -> int | None:
@@ -82,11 +84,12 @@ class Trainer:
         if self._process is None or not self._process.is_alive():
             self._start()
         assert self._pipe is not None
+        self.last = 0, 0.0
         try:
             self._pipe.send((message, context))
             while not self._pipe.poll(1.0):
                 alive()
-            answer = self._pipe.recv()
+            answer, self.last = self._pipe.recv()
         except FedqError:
             self.close()  # its answer would be taken for that of another message
             raise
@@ -153,14 +156,18 @@ def _work(pipe: Connection, parents: Connection) -> None:
             os._exit(0)
         TaskIdentity.run_id, TaskIdentity.node_id = context.run_id, context.node_id
         TaskIdentity.task_id = 0
+        start, images = time.monotonic(), 0
         try:
-            answer: Message | str = client_of(context).train(message, context)
+            client = client_of(context)
+            before = client.trained_images
+            answer: Message | str = client.train(message, context)
+            images = client.trained_images - before
         except FedqError as error:
             answer = str(error)
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         try:
-            pipe.send(answer)
+            pipe.send((answer, (images, time.monotonic() - start)))
         except OSError:
             os._exit(0)
 

@@ -145,10 +145,10 @@ def test_the_wheelhouse_is_for_the_device_not_for_this_machine() -> None:
 
 def test_a_report_has_what_the_machine_has(tmp_path: Path) -> None:
     proc, sysfs = tmp_path / "proc", tmp_path / "sys"
-    assert set(health.report(proc, sysfs)) == {"fedq", "flwr", "clock_s", "load"}
+    assert set(health.report(proc, sysfs)) == {"fedq", "flwr", "clock_s", "load", "cores"}
     (proc / "self").mkdir(parents=True)
     (proc / "self" / "statm").write_text("9999 1000 1 1 0 1 0")
-    (proc / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 409600 kB\n")
+    (proc / "meminfo").write_text("MemTotal: 3943424 kB\nMemAvailable: 409600 kB\n")
     (sysfs / "class/thermal/thermal_zone0").mkdir(parents=True)
     (sysfs / "class/thermal/thermal_zone0/temp").write_text("61250\n")
     (sysfs / "devices/platform/soc/soc:firmware").mkdir(parents=True)
@@ -156,6 +156,7 @@ def test_a_report_has_what_the_machine_has(tmp_path: Path) -> None:
     found = health.report(proc, sysfs)
     assert found["fedq"] == fedq.__version__
     assert found["free_mb"] == 400
+    assert found["ram_mb"] == 3851
     assert found["memory_mb"] == 1000 * os.sysconf("SC_PAGE_SIZE") // 10**6
     assert found["temperature_c"] == 61.2
     assert found["throttled"] == 0x50005

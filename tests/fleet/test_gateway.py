@@ -10,7 +10,24 @@ from typing import Any
 
 import pytest
 
-from fedq.fleet.gateway import COMPLETE, MAX_BODY_BYTES, PULL, PUSH, SEEN, Gateway, report_of
+from fedq.fleet import gateway as module
+from fedq.fleet.gateway import (
+    COMPLETE,
+    CONFIRM,
+    MAX_BODY_BYTES,
+    MAX_OBJECT_BYTES,
+    MAX_STRANGERS_BYTES,
+    MOST_DELIVERIES,
+    OBJECT,
+    PULL,
+    PUSH,
+    RELEASE,
+    RELEASED,
+    SEEN,
+    Gateway,
+    Releases,
+    report_of,
+)
 
 CONTROL, DEVICES = 9444, 9443
 KEY_HEADER, KEY = "flwr-public-key", base64.b64encode(b"pem of pi-1")
@@ -34,9 +51,19 @@ class SuperLink:
         await send({"type": "http.response.body", "body": body})
 
 
+WANTED = {"pi-1": "d" * 64}
+
+
 def gateway(app: SuperLink) -> Gateway:
     names = {b"pem of pi-1": "pi-1"}
-    return Gateway(app, CONTROL, names.get, KEY_HEADER, list, lambda body: body[0], lambda: 1000.0)
+    releases = Releases(
+        lambda headers: base64.b64decode(headers[KEY_HEADER]) if "signed" in headers else None,
+        lambda name: WANTED.get(name, ""),
+        lambda digest, file, offset, size: b"content"[offset:] if file == "model" else None,
+    )
+    return Gateway(
+        app, CONTROL, names.get, KEY_HEADER, list, lambda body: body[0], releases, lambda: 1000.0
+    )
 
 
 async def request(
@@ -47,13 +74,32 @@ async def request(
     port: int = DEVICES,
     headers: Mapping[str, bytes] = {},
     gone: asyncio.Event | None = None,
+    read: list[int] | None = None,
 ) -> tuple[int, bytes]:
+    status, content, _ = await exchange(
+        served, path, body, port=port, headers=headers, gone=gone, read=read
+    )
+    return status, content
+
+
+async def exchange(
+    served: Gateway,
+    path: str,
+    body: bytes = b"\x07",
+    *,
+    port: int = DEVICES,
+    headers: Mapping[str, bytes] = {},
+    gone: asyncio.Event | None = None,
+    read: list[int] | None = None,
+) -> tuple[int, bytes, dict[bytes, bytes]]:
     sent: list[Any] = []
     bodies = [body[at : at + 65536] for at in range(0, len(body), 65536)] or [b""]
 
     async def receive() -> Any:
         if bodies:
             piece = bodies.pop(0)
+            if read is not None:
+                read.append(len(piece))
             return {"type": "http.request", "body": piece, "more_body": bool(bodies)}
         await (gone or asyncio.Event()).wait()
         return {"type": "http.disconnect"}
@@ -69,7 +115,7 @@ async def request(
         "headers": [(name.encode(), value) for name, value in headers.items()],
     }
     await asyncio.wait_for(served(scope, receive, send), 10)
-    return sent[0]["status"], sent[1]["body"]
+    return sent[0]["status"], sent[1]["body"], dict(sent[0].get("headers", ()))
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -85,6 +131,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
         "/docs",
         "/",
         SEEN,
+        RELEASED,
         "/v1/fleet",
         "//v1/fleet/pull-messages",
     ],
@@ -94,7 +141,7 @@ def test_devices_reach_the_fleet_api_alone(path: str) -> None:
         app = SuperLink()
         assert (await request(gateway(app), path))[0] == 404
         assert app.asked == []
-        if path != SEEN:
+        if path not in (SEEN, RELEASED):
             assert (await request(gateway(app), path, port=CONTROL))[0] == 200
 
     run(test)
@@ -158,11 +205,136 @@ def test_a_refusal_does_not_wait() -> None:
     run(test)
 
 
-def test_a_body_larger_than_any_message_is_refused_unread() -> None:
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(
+    ("path", "key", "most"),
+    [
+        (OBJECT, KEY, MAX_OBJECT_BYTES),
+        (PULL, KEY, MAX_BODY_BYTES),
+        (OBJECT, b"", MAX_STRANGERS_BYTES),
+        (PULL, base64.b64encode(b"stranger"), MAX_STRANGERS_BYTES),
+    ],
+)
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(
+    path: str, key: bytes, most: int, declared: bool
+) -> None:
+    async def test() -> None:
+        app, read = SuperLink(), list[int]()
+        served = gateway(app)
+        for size in (most, most + 1):
+            headers = {KEY_HEADER: key}
+            if declared:
+                headers["content-length"] = str(size).encode()
+            read.clear()
+            status, _ = await request(served, path, bytes(size), headers=headers, read=read)
+            assert status == (200 if size == most else 413)
+        assert sum(read) <= (0 if declared else most + 65536)
+        assert len(app.asked) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("length", [b"-1", b"x", b"1" * 5000, b"\xb2"])
+def test_a_length_that_is_none(length: bytes) -> None:
+    async def test() -> None:
+        headers = {"content-length": length}
+        assert (await request(gateway(SuperLink()), PULL, headers=headers))[0] == 413
+
+    run(test)
+
+
+def test_bodies_have_a_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr(module, "MAX_HELD_BYTES", 100_000)
+        held, go_on = asyncio.Event(), asyncio.Event()
+
+        class Slow(SuperLink):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                held.set()
+                await go_on.wait()
+                await super().__call__(scope, receive, send)
+
+        served = gateway(Slow())
+        headers = {KEY_HEADER: KEY}
+        first = asyncio.create_task(request(served, OBJECT, bytes(70_000), headers=headers))
+        await held.wait()
+        assert (await request(served, OBJECT, bytes(70_000), headers=headers))[0] == 503
+        go_on.set()
+        assert (await first)[0] == 200
+        assert (await request(served, OBJECT, bytes(70_000), headers=headers))[0] == 200
+
+    run(test)
+
+
+def test_work_is_given_again_until_it_is_confirmed() -> None:
     async def test() -> None:
         app = SuperLink()
-        assert (await request(gateway(app), PULL, bytes(MAX_BODY_BYTES + 1)))[0] == 413
-        assert app.asked == []
+        served, wait = gateway(app), {"x-fedq-wait": b"0.01"}
+        app.messages = [b"work"]
+        assert (await request(served, PULL, headers=wait))[1] == b"work"
+        assert (await request(served, PULL, b"\x08", headers=wait))[1] == b""  # another node
+        assert (await request(served, PULL))[1] == b""  # Flower's own, which may be at it
+        assert (await request(served, PULL, headers=wait))[1] == b"work"
+        await request(served, CONFIRM)
+        assert (await request(served, PULL, headers=wait))[1] == b""
+        app.messages = [b"more"]
+        for _ in range(MOST_DELIVERIES):
+            assert (await request(served, PULL, headers=wait))[1] == b"more"
+        assert (await request(served, PULL, headers=wait))[1] == b""
+
+    run(test)
+
+
+def test_who_is_not_let_in_confirms_nothing() -> None:
+    async def test() -> None:
+        app = SuperLink()
+        served, wait = gateway(app), {"x-fedq-wait": b"0.01"}
+        app.messages = [b"work"]
+        await request(served, PULL, headers=wait)
+        app.status = 401
+        await request(served, CONFIRM)
+        app.status = 200
+        assert (await request(served, PULL, headers=wait))[1] == b"work"
+
+    run(test)
+
+
+def test_a_device_is_told_of_its_release_and_fetches_it() -> None:
+    async def test() -> None:
+        served = gateway(SuperLink())
+        headers = {KEY_HEADER: KEY, "x-fedq-wait": b"0.01"}
+        told = (await exchange(served, PULL, headers=headers))[2]
+        assert told[b"x-fedq-release"] == WANTED["pi-1"].encode()
+        assert (
+            b"x-fedq-release"
+            not in (await exchange(served, PULL, headers={"x-fedq-wait": b"0.01"}))[2]
+        )
+        signed = {KEY_HEADER: KEY, "signed": b"1"}
+        place = f"{RELEASE}{WANTED['pi-1']}"
+        assert await request(served, f"{place}/model/3", headers=signed) == (200, b"tent")
+        for path in ("/model/-1", "/model/x", "/model", "/other/0", "/model/1/2", ""):
+            assert (await request(served, place + path, headers=signed))[0] == 404
+        other = f"{RELEASE}{'e' * 64}/model/0"
+        assert (await request(served, other, headers=signed))[0] == 404
+        stranger = {**signed, KEY_HEADER: base64.b64encode(b"stranger")}
+        for unknown in ({KEY_HEADER: KEY}, stranger):
+            assert (await request(served, f"{place}/model/0", headers=unknown))[0] == 401
+
+    run(test)
+
+
+def test_a_device_that_waits_is_told_of_a_new_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        served = gateway(SuperLink())
+        headers = {KEY_HEADER: KEY, "x-fedq-wait": b"60"}
+        waiting = asyncio.create_task(exchange(served, PULL, headers=headers))
+        await asyncio.sleep(0.05)
+        await request(served, RELEASED, port=CONTROL)
+        await asyncio.sleep(0.05)
+        assert not waiting.done()  # not for this device
+        monkeypatch.setitem(WANTED, "pi-1", "f" * 64)
+        await request(served, RELEASED, port=CONTROL)
+        assert (await waiting)[2][b"x-fedq-release"] == b"f" * 64
 
     run(test)
 
@@ -192,7 +364,7 @@ def test_what_is_seen_of_a_device() -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        *(b"", b"[]", b"nothing", b"[" * 500, b'{"load": NaN}', b'{"load": "%s"}' % (b"x" * 600)),
+        *(b"", b"[]", b"nothing", b"[" * 500, b'{"load": NaN}', b'{"load": "%s"}' % (b"x" * 1100)),
         *(b'{"fedq": "\\u001b[31m"}', b'{"memory_mb": [1]}', b'{"else": 1}'),
     ],
 )
