@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from fedq.strategy import FedQ, RoundReport, ServerState
 from tests.grids import Handler, InlineGrid, constant_client
 
 # isort: split
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 LAYOUT = Layout(("a", "b"), ((20, 30), (10,)))
 ZERO = np.zeros(LAYOUT.size, np.float32)
@@ -387,6 +387,24 @@ def test_a_client_that_fails_still_takes_time() -> None:
     _, (report,), _ = run(strategy(mixture()), rounds=1, handler=handle)
     assert report.skipped
     assert report.simulated_seconds is not None and report.simulated_seconds > 0  # noqa: PT018
+
+
+def test_second_answers_and_strangers_take_no_time() -> None:
+    class Noisy(InlineGrid):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterator[Message]:
+            stranger = Message(RecordDict(), 99, "train")
+            yield Message(RecordDict(), reply_to=stranger)
+            for reply in super().send_and_receive(messages):
+                yield reply
+                yield reply
+
+    fedq = strategy(mixture())
+    grid = Noisy(constant_client(LAYOUT), 12)
+    _, report = fedq.run_round(grid, fedq.initial(ZERO))
+    _, (quiet, *_), _ = run(strategy(mixture()), rounds=1)
+    assert physics(report) == physics(quiet)
 
 
 def test_flights_that_must_have_trained_are_run() -> None:

@@ -210,9 +210,10 @@ class TimedGrid(WrappedGrid):
         if waiting:
             asked = [flight.message for flight in waiting.values()]
             for reply in self._grid.send_and_receive(asked, timeout=timeout):
-                flight = waiting.pop(reply.metadata.src_node_id)
-                flight.land(reply)
-                yield flight
+                landing = waiting.pop(_sender(reply, asked), None)
+                if landing is not None:  # else it was not asked, or has answered already
+                    landing.land(reply)
+                    yield landing
 
     def spend(self, flight: Flight, until_s: float = math.inf) -> None:
         """Add what a device used until it was done, or was stopped."""
@@ -259,6 +260,16 @@ def certain(flights: Iterable[L], n: int, closes_s: float) -> list[L]:
     waiting = [flight for flight in flights if flight.awaited and flight.end_s <= closes_s]
     lacking = n - sum(flight.arrived for flight in flights)
     return sorted(waiting, key=lambda flight: flight.order())[: max(lacking, 1)]
+
+
+def _sender(reply: Message, asked: Iterable[Message]) -> int:
+    """Return who replied; Flower answers for an unreachable node in its own name."""
+    if reply.has_error():
+        number = reply.metadata.reply_to_message_id
+        for message in asked:
+            if number and message.metadata.message_id == number:
+                return message.metadata.dst_node_id
+    return reply.metadata.src_node_id
 
 
 def _trains(blob: bytes) -> bool:
