@@ -253,6 +253,7 @@ def _curve(codec: Config) -> str:
     'subset + eden'
     """
     inner = codec.get("inner")
+    inner = {"name": inner} if isinstance(inner, str) else inner
     return f"{codec['name']} + {_curve(inner)}" if inner else codec["name"]
 
 
@@ -277,6 +278,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
         colours += 1
     axes.set(xscale="log", xlabel="uplink, real bits per parameter", ylabel="accuracy, %")
+    ticks = [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_title("Accuracy of the last five rounds; filled: unbiased, hollow: biased")
     axes.grid(color="#E5E5E5", linewidth=0.6)
     axes.legend(frameon=False)

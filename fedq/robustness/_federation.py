@@ -107,6 +107,7 @@ def federate(
         sealed=False,
         keys=None,
         resume=None,
+        trackers=(),
     )
     parts = clients(recipe, dataset)
     recipe = recipe.replace(clients=len(partition(recipe, dataset)))
@@ -122,7 +123,7 @@ def federate(
             grid: Grid = inner
             if see is not None:
                 grid = Recorder(inner, trainer.layout, trainer.state_layout, see)
-            server.run(grid, recipe, dataset, place)
+            server.run(grid, recipe, dataset, place, examples=[len(part) for part in parts])
             tensors, _ = read_model(folder)
             return tensors
     finally:

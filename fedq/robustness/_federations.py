@@ -56,6 +56,7 @@ def go_on(
         baseline=False,
         run_dir=None,
         resume=None,
+        trackers=(),
         engine=registry.build("engine", "local", workers=work.workers),
         **changes,
     )
