@@ -58,7 +58,9 @@ def test_calibrated_attacks_beat_the_loss_where_examples_differ_in_difficulty() 
     )
     areas = {name: auc(s[members], s[~members]).value for name, s in scores.items()}
     assert areas["loss threshold"] < 0.72
-    assert areas["LiRA online"] > 0.85 and areas["LiRA offline"] > 0.85 and areas["RMIA"] > 0.75
+    assert areas["LiRA online"] > 0.85
+    assert areas["LiRA offline"] > 0.85
+    assert areas["RMIA"] > 0.75
 
 
 @pytest.mark.parametrize("shadows", [4, 16, 80])
@@ -182,13 +184,19 @@ def test_an_evaluation_answers_four_questions_and_goes_on_after_a_kill(
     assert steps[-1] == (6, 6)
     for place in ("final model", "recipe", "rounds", "observed updates"):
         area = found[f"{place}, AUC"]
-        assert area.bound == "lower" and area.interval is not None and area.twin is not None
+        assert area.bound == "lower"
+        assert area.interval is not None
+        assert area.twin is not None
         assert area.interval[0] <= area.value <= area.interval[1]  # type: ignore[operator]
-        assert area.plot is not None and area.plot.log
+        assert area.plot is not None
+        assert area.plot.log
         rare = found[f"{place}, TPR at 0.1 % FPR"]
-        assert rare.status == "withheld" and rare.value is None and "10000" in rare.reason
+        assert rare.status == "withheld"
+        assert rare.value is None
+        assert "10000" in rare.reason
     gates = {gate.name: gate for gate in found["final model, AUC"].gates}
-    assert gates["positive control"].passed and gates["negative control"].passed
+    assert gates["positive control"].passed
+    assert gates["negative control"].passed
     repeated = {gate.name: gate for gate in found["observed updates, AUC"].gates}
     assert repeated["the run repeated"].passed
     again = leaking.by_name(SMALL.run(subject, Work(0, folder, 1)))
@@ -208,7 +216,8 @@ def test_an_attack_that_sees_nothing_is_caught(
         dataclasses.replace(SMALL, checkpoints=0, observed=0).run(subject, Work(1, folder, 1))
     )
     area = found["final model, AUC"]
-    assert area.status == "invalid" and "learnt" in area.reason
+    assert area.status == "invalid"
+    assert "learnt" in area.reason
 
 
 def test_a_target_that_leaks_without_membership_is_caught(subject: Subject, folder: Path) -> None:

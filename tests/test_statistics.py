@@ -45,7 +45,8 @@ def test_auc_intervals_cover_the_truth() -> None:
 
 def test_perfect_separation_is_not_certain() -> None:
     area = auc(np.arange(20.0) + 100, np.arange(20.0))
-    assert area.value == area.high == 1 and 0.8 < area.low < 1
+    assert area.value == area.high == 1
+    assert 0.8 < area.low < 1
 
 
 def test_the_tpr_of_a_known_shift_is_found() -> None:
@@ -61,7 +62,8 @@ def test_the_tpr_of_a_known_shift_is_found() -> None:
 
 def test_ties_never_exceed_the_rate_and_few_others_are_too_few() -> None:
     found = tpr_at(0.1, np.ones(10), np.ones(50))
-    assert found.tpr.value == found.fpr.value == 0 and not found.enough
+    assert found.tpr.value == found.fpr.value == 0
+    assert not found.enough
     assert tpr_at(0.1, np.ones(10), np.zeros(100)).enough
     assert not tpr_at(0.001, np.ones(10), np.zeros(9999)).enough
 
@@ -69,8 +71,11 @@ def test_ties_never_exceed_the_rate_and_few_others_are_too_few() -> None:
 def test_a_roc_for_logarithmic_axes_is_positive_and_increasing() -> None:
     rng = np.random.default_rng(3)
     x, y = roc(rng.normal(1, 1, 500), rng.normal(0, 1, 500))
-    assert min(x) > 0 and min(y) > 0 and x[-1] == y[-1] == 1
-    assert (np.diff(x) > 0).all() and (np.diff(y) >= 0).all()
+    assert min(x) > 0
+    assert min(y) > 0
+    assert x[-1] == y[-1] == 1
+    assert (np.diff(x) > 0).all()
+    assert (np.diff(y) >= 0).all()
 
 
 def test_the_mean_of_one_has_no_interval() -> None:
