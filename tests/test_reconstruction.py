@@ -197,7 +197,7 @@ def test_single_examples_clients_and_crowds_are_inverted(subject: Subject, tmp_p
     assert "honest but curious" in closed.threat, "the run's own network starts dense"
     curve = {row["bits"]: row for row in closed.details["by bits of a uniform code"]}
     assert curve[8]["rank one"] > curve[4]["rank one"] > curve[2]["rank one"]
-    assert curve[4]["rank one"] > 30, "four bits hide nothing"
+    assert curve[4]["rank one"] > 25, "four bits hide nothing"
     assert closed.value == max(closed.details["by attack"].values())
     assert found["label of one example"].value == 1
     assert found["sum of 5 clients, masked"].twin is not None
