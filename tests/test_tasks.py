@@ -101,7 +101,8 @@ def test_exports_pass_the_gate_and_answer_on_the_device(
     assert main(["export", str(runs / metric), "--to", exporter, "--out", str(tmp_path)]) == 0
     folder = tmp_path / exporter
     report, summary = read(folder / "export.json"), read(runs / metric / "summary.json")
-    assert report["parity"]["agreement"] is None
+    assert report["parity"]["agreement"] >= 0.99
+    assert report["parity"]["agreement_with_training"] is None
     assert report["parity"]["float_operators"] == {}
     assert report[f"trained_{metric}"] == pytest.approx(summary[metric])
     assert report[metric] == pytest.approx(summary[metric], abs=0.02)
