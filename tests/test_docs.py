@@ -188,3 +188,8 @@ def test_the_page_names_every_quantizer() -> None:
     for group in ("weight_quantizer", "activation_quantizer"):
         for name in available(group):
             assert re.search(rf"`{name}`|={name}\b", page), name
+
+
+def test_the_table_of_the_zoo_is_this_version_s() -> None:
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    assert maker("make_tasks").with_table(page) == page, "run python docs/make_tasks.py"
