@@ -191,5 +191,5 @@ def test_the_page_names_every_quantizer() -> None:
 
 
 def test_the_table_of_the_zoo_is_this_version_s() -> None:
-    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "tasks.md").read_text()
     assert maker("make_tasks").with_table(page) == page, "run python docs/make_tasks.py"
