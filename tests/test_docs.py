@@ -203,3 +203,8 @@ def test_the_page_of_physics_names_everything() -> None:
     for group in ("device", "link", "availability", "pacing", "budget"):
         for name in set(available(group)) - {"ideal"}:
             assert re.search(rf"`{name}`|name: {name}\b", page), name
+
+
+def test_the_table_of_the_zoo_is_this_version_s() -> None:
+    page = (REPOSITORY / "docs" / "tasks.md").read_text()
+    assert maker("make_tasks").with_table(page) == page, "run python docs/make_tasks.py"

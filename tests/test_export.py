@@ -126,7 +126,7 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         values[op.output] = trained_values.get(op.output, result)
         apart = (result - values[op.output]).abs()
         assert apart.max() <= 1
-        assert (apart > 0).double().mean() < 0.01
+        assert (apart > 0).double().mean() < 0.02  # near ties; biases are rounded, too
     assert all(op.weights.bits <= 8 for op in graph.weighted)
     # End to end steps add up, and only near ties change sides.
     logits, expected = _reference.run(graph, x), given.logits(x)

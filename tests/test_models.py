@@ -91,6 +91,10 @@ def test_the_seed_alone_decides_the_weights() -> None:
     [
         ("mnist_cnn", (1, 28, 28), 10, 1_199_882),
         ("small_cnn", (1, 28, 28), 10, 55_338),
+        ("ds_cnn", (1, 49, 10), 12, 23_180),
+        ("mobilenet", (3, 96, 96), 2, 213_586),
+        ("autoencoder", (640,), 640, 267_928),
+        ("tcn", (1, 168), 24, 9_128),
         ("mlp", (784,), 10, 50_890),
         ("imu_cnn", (6, 128), 6, 32_230),
         ("auto", (1, 28, 28), 10, 55_338),
@@ -119,6 +123,9 @@ def test_large_images_are_averaged_to_seven_by_seven(extent: int) -> None:
         ("small_cnn", (1, 7, 28), "at least 8"),
         ("mnist_cnn", (1, 28, 7), "at least 8"),
         ("imu_cnn", (6, 7), "at least 8"),
+        ("tcn", (6, 1), "at least 2"),
+        ("tcn", (6,), "takes series"),
+        ("mobilenet", (1, 7, 7), "at least 8"),
         ("mlp", (), "non-empty"),
         ("mlp", (3, 0), "non-empty"),
     ],
@@ -135,6 +142,10 @@ def test_refuses_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], hint:
         ("mlp", {"hidden": (4, 0)}),
         ("imu_cnn", {"kernel": 4}),
         ("imu_cnn", {"width": 0}),
+        ("tcn", {"kernel": 1}),
+        ("tcn", {"width": 0}),
+        ("mobilenet", {"multiplier": 0.0}),
+        ("autoencoder", {"code": 0}),
         ("mnist_cnn", {"dropout": 1.0}),
     ],
 )
@@ -169,3 +180,18 @@ def test_low_rank_layers_are_the_best_of_their_rank() -> None:
     error = (matrix - product).square().sum()
     torch.testing.assert_close(error, singular[3:].square().sum(), rtol=1e-4, atol=1e-6)
     assert factored[1].bias is not None
+
+
+@pytest.mark.parametrize(("length", "kernel"), [(16, 2), (24, 3), (168, 3)])
+def test_a_tcn_sees_the_whole_series_and_nothing_after_a_step(length: int, kernel: int) -> None:
+    network = create(fedq.build("model", "tcn", width=8, kernel=kernel), (1, length), 2, seed=1)
+    x = torch.randn(1, 1, length, requires_grad=True)
+    network(x).sum().backward()
+    assert x.grad is not None
+    assert (x.grad[0, 0] != 0).float().mean() > 0.5  # ReLUs may close some ways
+    before = network.get_submodule("blocks")(x)
+    changed = x.detach().clone()
+    changed[..., length // 2] += 1
+    after = network.get_submodule("blocks")(changed)
+    assert torch.equal(before[..., : length // 2], after[..., : length // 2])
+    assert not torch.equal(before, after)

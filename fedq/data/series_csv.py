@@ -112,7 +112,8 @@ class SeriesCsv(Data):
             raise ConfigError(f"{self.path} is empty")
         width = len(rows[0])
         names = [str(i) for i in range(width)]
-        if all(_number(text, decimal) is None for text in rows[0]):
+        first = [_number(text, decimal) for text in rows[0]]
+        if all(number is None or number != number for number in first) and None in first:
             names = [text.strip() or str(i) for i, text in enumerate(rows.pop(0))]
         for number, row in enumerate(rows):
             if len(row) != width:

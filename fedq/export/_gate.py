@@ -18,6 +18,9 @@ from fedq.export.base import Exporter, Operators
 
 #: Least share of examples with the same class, and most output steps between logits.
 AGREEMENT, STEPS = 0.998, 1
+#: Without classes this share of the outputs must be within ``STEPS``, and all within so many times
+#: that: near ties add up over layers, and there are many outputs.
+WITHIN, FAR = 0.99, 3
 
 
 class ParityError(FedqError):
@@ -31,6 +34,7 @@ class Parity:
     Attributes:
       examples: Of the test set.
       differing: Examples with another class than the trained network's; None if outputs are none.
+      within: Share of outputs within ``STEPS``.
       largest_steps: Largest difference between logits, in steps of the output's grid.
       moved: Share of logits that differ at all.
       operators: What the runtime computes in integers, and in float.
@@ -39,15 +43,16 @@ class Parity:
 
     examples: int
     differing: int | None
+    within: float
     largest_steps: int
     moved: float
     operators: Operators
     logits: NDArray[np.float32]
 
     @property
-    def agreement(self) -> float | None:
-        """Share of examples with the same class."""
-        return None if self.differing is None else 1 - self.differing / self.examples
+    def agreement(self) -> float:
+        """Share of examples with the same class; without classes, of outputs within a step."""
+        return self.within if self.differing is None else 1 - self.differing / self.examples
 
     def failures(self, graph: Graph, steps: int = STEPS) -> list[str]:
         """Return what is wrong, in words; logits may differ by ``steps``."""
@@ -60,8 +65,11 @@ class Parity:
             found.append(f"only {count} of {len(graph.weighted)} layers run in integers")
         if not np.isfinite(self.logits).all():
             found.append("it gives NaN or infinity")
-        if self.largest_steps > steps:
-            found.append(f"logits differ by {self.largest_steps} output steps, more than {steps}")
+        most = steps if self.differing is not None else FAR * steps
+        if self.largest_steps > most:
+            found.append(f"logits differ by {self.largest_steps} output steps, more than {most}")
+        if self.differing is None and self.within < WITHIN:
+            found.append(f"{1 - self.within:.1%} of the outputs differ by more than {STEPS} step")
         # One example of a small test set may stand at a tie.
         if self.differing is not None and self.differing > max(1, (1 - AGREEMENT) * self.examples):
             found.append(
@@ -96,6 +104,7 @@ def compare(
     return Parity(
         examples=len(x),
         differing=int((logits.argmax(1) != expected.argmax(1)).sum()) if classes else None,
+        within=float((np.abs(steps) <= STEPS).mean()),
         largest_steps=int(min(np.abs(steps).max(), 2.0**31)),
         moved=float((steps != 0).mean()),
         operators=exporter.operators(path),

@@ -35,7 +35,7 @@ class Autoencoder(Model):
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"hidden": (16,), "code": 4},
-        {"hidden": (8, 8), "code": 2, "norm": "frozen"},
+        {"hidden": (8, 8), "code": 2},
     )
 
     hidden: tuple[int, ...] = (128, 128, 128, 128)

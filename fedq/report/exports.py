@@ -40,8 +40,8 @@ def table(released: Iterable[Released]) -> Table:
     """Return exports side by side, two lines each: the int8 model above, its float twin below.
 
     Accuracy (or the task's metric) and latency are those of the runtime itself; agreement is the
-    share of test examples with the same class as the trained network, if there are classes, and
-    ``steps`` the largest difference of an output in steps of its grid.
+    share of test examples with the same class as the trained network (without classes, of outputs
+    within a step), and ``steps`` the largest difference of an output in steps of its grid.
     """
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
     released = list(released)
@@ -62,7 +62,7 @@ def table(released: Iterable[Released]) -> Table:
 
 def _cells(report: dict[str, Any]) -> list[tuple[str, str]]:
     parity = report["parity"]
-    packed, agreement, metric = report["packed_bytes"], parity["agreement"], _metric(report)
+    packed, metric = report["packed_bytes"], _metric(report)
     size = _kilobytes(report["bytes"])
     if packed is not None:
         size += f" ({_kilobytes(packed)} packed)"
@@ -72,10 +72,7 @@ def _cells(report: dict[str, Any]) -> list[tuple[str, str]]:
         tuple(_digits(metric, report[name]) for name in (metric.name, metric.float_name)),
         (f"{report['latency_us']:.1f} us", f"{report['float_latency_us']:.1f} us"),
         (size, _kilobytes(report["float_bytes"])),
-        (
-            "-" if agreement is None else f"{100 * agreement:.2f} %",
-            str(parity["largest_difference_steps"]),
-        ),
+        (f"{100 * parity['agreement']:.2f} %", str(parity["largest_difference_steps"])),
         (str(count[0]), str(count[1])),
     ]
 
