@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -33,9 +34,9 @@ from tests.e2e.test_fleet import RUN_S, fedq, register, rounds, summary, until
 pytestmark = pytest.mark.slow
 
 FULL = os.environ.get("FEDQ_FAULTS") == "full"
-SHORT_CUT_S, LONG_CUT_S = (25.0, 90.0) if FULL else (2.0, 12.0)
+SHORT_CUT_S, LONG_CUT_S = (25.0, 90.0) if FULL else (2.0, 9.0)
 #: Short cuts are within the deadline, long ones beyond.
-DEADLINE_S = 40.0 if FULL else 8.0
+DEADLINE_S = 40.0 if FULL else 6.0
 #: A device that is killed, one whose link is meddled with, one behind a network of its own.
 KILLED, PROXIED, DISTANT = range(3)
 OPTIONS = (
@@ -220,11 +221,9 @@ def test_a_device_with_an_old_version_is_told_to_upgrade(hurried: Gauntlet) -> N
 # --- what a device has ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("off_s", [3600, -3600])
-def test_a_clock_that_goes_wrong_and_is_set_again(hurried: Gauntlet, off_s: int) -> None:
-    with hurried.fault(PROXIED, "clock", str(off_s)):
-        side = "ahead of" if off_s > 0 else "behind"
-        hurried.says(PROXIED, f"s {side} the server's; set it")
+def test_a_clock_that_goes_wrong_and_is_set_again(hurried: Gauntlet) -> None:
+    with hurried.fault(PROXIED, "clock", "3600"):
+        hurried.says(PROXIED, "s ahead of the server's; set it")
         hurried.goes_on()
     hurried.is_back(PROXIED)
 
@@ -242,10 +241,9 @@ def test_a_full_disk_costs_the_update_and_nothing_else(
         hurried.start(PROXIED)
         hurried.is_back(PROXIED)
         filler = state / "filler"
-        with filler.open("wb") as file, suppress(OSError):
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
-                file.flush()
         hurried.says(PROXIED, os.strerror(errno.ENOSPC))
         hurried.goes_on()
         filler.unlink()
@@ -263,7 +261,7 @@ def test_a_full_disk_costs_the_update_and_nothing_else(
 def test_connections_are_cut(hurried: Gauntlet, cut_s: float) -> None:
     said = hurried.log(PROXIED).count("connected again")
     hurried.meters[PROXIED].cut()
-    wait(cut_s)
+    time.sleep(cut_s)
     hurried.meters[PROXIED].mend()
     hurried.is_back(PROXIED)
     assert hurried.log(PROXIED).count("connected again") > said
@@ -275,7 +273,7 @@ def test_connections_are_cut(hurried: Gauntlet, cut_s: float) -> None:
 def test_a_network_is_gone_and_comes_back(hurried: Gauntlet, cut_s: float) -> None:
     assert hurried.network is not None
     hurried.network.loss = 1.0
-    wait(cut_s)
+    time.sleep(cut_s)
     hurried.network.loss = 0.0
     hurried.is_back(DISTANT)
     hurried.goes_on()
@@ -338,7 +336,7 @@ class Raw:
     def __init__(self, body: bytes) -> None:
         self._body = body
 
-    def SerializeToString(self) -> bytes:
+    def SerializeToString(self, **options: bool) -> bytes:
         return self._body
 
 
@@ -370,7 +368,7 @@ def test_strangers_stay_outside_and_a_rotated_key_counts(hurried: Gauntlet, tmp_
 
 def test_nothing_that_was_aggregated_is_lost(hurried: Gauntlet) -> None:
     before = hurried.records(-1)
-    last = before[-1]["round"] + 10
+    last = before[-1]["round"] + 6
     process = hurried.resume(f"rounds={last}")
     _, error = process.communicate(timeout=RUN_S)
     assert process.returncode == 0, error
@@ -396,9 +394,3 @@ def test_an_uplink_of_20_kb_s_delivers(hurried: Gauntlet, tmp_path: Path) -> Non
     told = json.loads(fedq("fleet", "status", "--fleet", hurried.fleet.root, "--json").stdout)
     report = {one["name"]: one["report"] for one in told["devices"]}["device-1"]
     assert 10_000 < report["up_bytes_s"] < 30_000
-
-
-def wait(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)
