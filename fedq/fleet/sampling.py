@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from fedq.engines.stream import StreamGrid
@@ -11,6 +12,8 @@ from fedq.fleet.files import Fleet
 # isort: split
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+
+LOG = logging.getLogger("fedq")
 
 
 class FittingGrid(StreamGrid):
@@ -46,5 +49,7 @@ class FittingGrid(StreamGrid):
         seen = control.seen(self._fleet)
         for name, key in self._fleet.nodes().items():
             memory_mb = seen.get(name, {}).get("report", {}).get("ram_mb")
-            if isinstance(memory_mb, int | float):
+            if isinstance(memory_mb, int | float) and key not in self._memory_mb:
                 self._memory_mb[key] = int(memory_mb)
+                if memory_mb < self._least:
+                    LOG.warning("%s is not asked: it has %d MB of memory", name, memory_mb)
