@@ -4,7 +4,7 @@
 ``files``               the fleet's directory on the server, a device's directory
 ``identity``            CA, server certificate, device keys
 ``bundle``              what goes to a device, and how a device takes it in
-``gateway``             what devices may ask of the server: the Fleet API alone
+``gateway``             what devices may ask of the server: the Fleet API and their model
 ``superlink``           Flower's SuperLink behind the gateway
 ``control``             registering devices, as the server's administrator
 ``link`` ``device``     a device: one process that waits for work
