@@ -97,6 +97,7 @@ def add_parser(commands: Any) -> None:
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for all devices (default: 60)"
     )
 
+    run.add_argument("--min-memory", type=int, metavar="MB", help="devices with less are not asked")
     deploy = add("deploy", _deploy, "export a run's model and have devices run it")
     deploy.add_argument(
         "names", nargs="*", metavar="RUN | DEVICE", help="the run, then devices (default: all)"
@@ -338,6 +339,7 @@ def _run(options: argparse.Namespace) -> None:
         _open(options),
         options.overrides,
         wait_s=options.wait,
+        min_memory_mb=options.min_memory,
         watch=progress.watch(console),
         say=lambda text: console.print(text, soft_wrap=True, highlight=False),
     )

@@ -24,13 +24,13 @@ import httpx
 import fedq
 from fedq import config, server, simulation
 from fedq.data.base import load
-from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
 from fedq.fleet import control, flower
 from fedq.fleet.device import VERSION_KEY
 from fedq.fleet.files import Fleet, locked, write_json
 from fedq.fleet.link import Retrying
+from fedq.fleet.sampling import FittingGrid
 from fedq.node import RUN_KEY
 from fedq.results import default_run_path, read_config
 
@@ -40,7 +40,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 LOG = logging.getLogger("fedq")
 Say = Callable[[str], None]
 #: In a run directory: how devices know the run.
-DEVICES_KNOW = "fleet.json"
+DEVICES_KNOW, LEAST = "fleet.json", "min_memory_mb"
 HEARTBEAT_S, TASK_TRIES = 20.0, 100
 
 _APP = {
@@ -106,6 +106,7 @@ def run(
     overrides: Sequence[str],
     *,
     wait_s: float,
+    min_memory_mb: int | None = None,
     watch: simulation.Watch = simulation.no_watch,
     say: Say = LOG.info,
 ) -> Path:
@@ -115,6 +116,7 @@ def run(
       fleet: Whose server is up.
       overrides: As for ``fedq simulate``.
       wait_s: How long to wait for devices. After that a run starts if the quorum is on line.
+      min_memory_mb: Devices with less are not asked; None is no limit, or the resumed run's.
       watch: Shows progress.
       say: Shows what is waited for.
 
@@ -135,27 +137,34 @@ def run(
             simulation.run_directory(experiment, path, resumed) as directory,
             watch(experiment) as observer,
         ):
-            known = _devices_know(path, overrides)
+            known, least = _devices_know(path, overrides, min_memory_mb)
             write_json(fleet.path("run.json"), {"path": str(path), "rounds": experiment.rounds})
             with _grid(fleet, known) as grid:
-                server.run(StreamGrid(grid), experiment, dataset, directory, observer=observer)
+                fitting = FittingGrid(grid, fleet, least)
+                server.run(fitting, experiment, dataset, directory, observer=observer)
     return path
 
 
-def _devices_know(path: Path, overrides: Sequence[str]) -> dict[str, str]:
-    """Return the run's configuration for devices; a resumed run's is that of its beginning."""
+def _devices_know(
+    path: Path, overrides: Sequence[str], min_memory_mb: int | None
+) -> tuple[dict[str, str], int]:
+    """Return the run's configuration for devices, and their least memory.
+
+    A resumed run's are those of its beginning.
+    """
     file = path / DEVICES_KNOW
     if not file.exists():
         own = ("run_dir=", "resume=", "plugins=", "engine")
         text = shlex.join(item for item in overrides if not item.startswith(own))
-        write_json(file, {"hydra": text, RUN_KEY: secrets.token_hex(8)})
+        write_json(file, {"hydra": text, RUN_KEY: secrets.token_hex(8), LEAST: min_memory_mb or 0})
     try:
         known = json.loads(file.read_text())
+        least = int(known[LEAST]) if min_memory_mb is None else min_memory_mb
         return {
             "hydra": str(known["hydra"]),
             RUN_KEY: str(known[RUN_KEY]),
             VERSION_KEY: fedq.__version__,
-        }
+        }, least
     except (ValueError, KeyError, TypeError):
         raise FedqError(f"{file} is damaged; start a new run") from None
 

@@ -92,9 +92,9 @@ def test_a_model_is_deployed_checked_taken_back_and_caught_up_with(
         assert second[:8] in told.stdout  # what the other one ran last
 
         # The server's disk is not what a device trusts: its files are changed behind its back.
-        place = fleet.path("releases") / second
-        shutil.copytree(fleet.path("releases") / first, place, dirs_exist_ok=True)
-        releases.want(fleet, ["device-0"], second)
+        place = fleet.path("releases") / ("ab" * 32)
+        shutil.copytree(fleet.path("releases") / first, place)
+        releases.want(fleet, ["device-0"], place.name)
         control.announce(fleet)
         log = devices[0].root / "device.log"
         until(lambda: "is refused: its manifest is another one" in log.read_text(), "refused")

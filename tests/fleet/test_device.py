@@ -30,6 +30,10 @@ def test_what_a_device_may_not_be_told(text: str) -> None:
         _node_options([text])
 
 
+def test_a_device_may_say_which_width_its_weights_have() -> None:
+    assert _node_options(["weight-bits=4"]) == {"weight-bits": 4}
+
+
 # --- units ---------------------------------------------------------------------------------------
 
 UNITS: dict[str, Callable[[Path, str], str]] = {
