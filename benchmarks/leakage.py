@@ -84,10 +84,10 @@ def reconstruction(folder: Path, seed: int, quick: bool) -> tuple[list[dict[str,
         place = folder / f"images {codec}"
         subject = subject_of(place, ("rounds=1", "clients=20", *COMMON), codec)
         options = Reconstruction(
-            inputs=4 if quick else 32,
-            searched=1 if quick else 4,
+            inputs=4 if quick else 16,
+            searched=1 if quick else 2,
             iterations=50 if quick else 600,
-            restarts=1 if quick else 2,
+            restarts=1,
             crowd=10,
         )
         start = time.process_time()

@@ -244,7 +244,7 @@ def test_what_cannot_be_asked_is_said(subject: Subject) -> None:
         experiment=subject.experiment.replace(attack=fedq.build("attack", "sign_flip")),
     )
     assert "attacked" in SMALL.unsuitable(attacked)
-    widths = fedq.build("quantization", "uniform", widths=(8, 4))
+    widths = fedq.build("quantization", "qat", widths=(8, 4))
     several = dataclasses.replace(
         subject, experiment=subject.experiment.replace(quantization=widths)
     )
