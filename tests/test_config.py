@@ -194,3 +194,26 @@ def test_an_interval_is_for_a_search() -> None:
     assert found is not None
     assert (found.fixed, found.trials, found.seed) == (("seed=3",), 20, 3)
     assert config.search(["learning_rate=0.1,0.2"]) is None
+
+
+@pytest.mark.parametrize("method", config.choices("method"))
+def test_methods_compose(method: str) -> None:
+    found = config.load([f"method={method}"])
+    assert found.name
+    is_ours = method.startswith("fedq")
+    assert (found.quantization.name == "none") != is_ours  # as published: float training
+
+
+@pytest.mark.parametrize("task", config.choices("task"))
+def test_tasks_compose(task: str) -> None:
+    assert config.load([f"task={task}", "method=eden", "experiment=int4"]).codec.name == "eden"
+
+
+def test_the_reproductions_are_all_methods_and_tasks() -> None:
+    cells = config.sweep(["experiment=reproductions"])
+    found = [config.load(cell) for cell in cells]
+    assert {text for cell in cells for text in cell if text.startswith("method=")} == {
+        f"method={name}" for name in config.choices("method")
+    }
+    assert len({(e.name, e.data.name, e.partition.name, e.seed) for e in found}) == len(cells)
+    assert not any(e.baseline for e in found)

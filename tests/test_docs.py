@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 
 from fedq import available, build, codecs, config, registry
 
@@ -188,3 +189,18 @@ def test_the_page_names_every_quantizer() -> None:
     for group in ("weight_quantizer", "activation_quantizer"):
         for name in available(group):
             assert re.search(rf"`{name}`|={name}\b", page), name
+
+
+# --- docs/studies.md -----------------------------------------------------------------------------
+
+
+def test_the_study_shown_is_the_one_that_is_there() -> None:
+    (shown,) = blocks(REPOSITORY / "docs" / "studies.md", "yaml")
+    file = config.conf_directory() / "experiment" / "bits_vs_accuracy.yaml"
+    assert yaml.safe_load(shown) == yaml.safe_load(file.read_text())
+
+
+def test_the_page_names_every_method() -> None:
+    page = (REPOSITORY / "docs" / "studies.md").read_text()
+    for name in config.choices("method"):
+        assert f"`{name}`" in page, name
