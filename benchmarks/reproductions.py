@@ -76,6 +76,7 @@ def main() -> int:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--rounds", type=int, default=50)
     options.add_argument("--jobs", type=int, help="runs at a time (default: as cores allow)")
+    options.add_argument("--tables", action="store_true", help="only tables, of runs that ended")
     chosen = options.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     tasks = chosen.tasks.split(",")
@@ -87,7 +88,7 @@ def main() -> int:
     elif "keywords" in tasks and chosen.keywords is None:
         tasks.remove("keywords")
         print("no --keywords FOLDER: that task is left out", file=sys.stderr)
-    for task in tasks:
+    for task in () if chosen.tables else tasks:
         more = extra
         if task == "keywords":
             path = (chosen.work / "keywords.npz").resolve()
@@ -108,17 +109,21 @@ def main() -> int:
     study = Study.of(found.runs)
     plain = config.load([])
     rounds = sorted({run.planned for run in found.runs})
+    parts = [run.config["partition"] for run in found.runs]
+    skews = sorted({f"{part['name']} {part.get('alpha', '')}".strip() for part in parts})
     doubts = [f"left out: {reason}" for reason in found.left_out.values()] + remarks(found.runs)
     _common.write(
         chosen.out,
         "reproductions",
         "Reference methods at equal work",
         [
-            f"{', '.join(map(str, rounds))} rounds of {plain.clients_per_round} clients, "
+            f"Partition: {', '.join(skews)}. {', '.join(map(str, rounds))} rounds of "
+            f"{plain.clients_per_round} clients, "
             f"{plain.local_epochs} local epochs, learning rate {plain.learning_rate:g} for all; "
             "nothing was tuned for any method. The float run of the same task and seed sets the "
             "level. Methods of this project are judged by their deployed int8 model, the others by "
-            "their float one. An FP8 federation is not among them: there is no FP8 quantizer here.",
+            "their float one. Most reference methods leave the downlink in float32, as published: "
+            "`uplink to there` compares the uplink alone. An FP8 federation is not among them: there is no FP8 quantizer here.",
             "Bytes of both directions until 99 % of the float accuracy, and how many times fewer "
             "than float there (mean over seeds; `2 of 3`: so many seeds got there):",
             headline(study),
