@@ -123,7 +123,8 @@ def main() -> int:
             "nothing was tuned for any method. The float run of the same task and seed sets the "
             "level. Methods of this project are judged by their deployed int8 model, the others by "
             "their float one. Most reference methods leave the downlink in float32, as published: "
-            "`uplink to there` compares the uplink alone. An FP8 federation is not among them: there is no FP8 quantizer here.",
+            "`uplink to there` compares the uplink alone. An FP8 "
+            "federation is not among them: there is no FP8 quantizer here.",
             "Bytes of both directions until 99 % of the float accuracy, and how many times fewer "
             "than float there (mean over seeds; `2 of 3`: so many seeds got there):",
             headline(study),
