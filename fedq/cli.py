@@ -330,7 +330,7 @@ class _Parser(argparse.ArgumentParser):
         from fedq import config
         from fedq.experiment import CHOICES, field_types
 
-        names = [*CHOICES, "experiment"]
+        names = [*CHOICES, *config.BUNDLES]
         values = " ".join(f"{key}=" for key in field_types() if key not in CHOICES)
         return "\n".join(
             [

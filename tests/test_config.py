@@ -228,3 +228,26 @@ def test_a_run_of_an_older_version_gets_the_defaults_of_new_options():
     saved = config.load(["rounds=5"]).to_config()
     del saved["adversarial_eps"]
     assert config.load_resumed(saved, []) == config.load(["rounds=5"])
+
+
+@pytest.mark.parametrize("method", config.choices("method"))
+def test_methods_compose(method: str) -> None:
+    found = config.load([f"method={method}"])
+    assert found.name
+    is_ours = method.startswith("fedq")
+    assert (found.quantization.name == "none") != is_ours  # as published: float training
+
+
+@pytest.mark.parametrize("task", config.choices("task"))
+def test_tasks_compose(task: str) -> None:
+    assert config.load([f"task={task}", "method=eden", "experiment=int4"]).codec.name == "eden"
+
+
+def test_the_reproductions_are_all_methods_and_tasks() -> None:
+    cells = config.sweep(["experiment=reproductions"])
+    found = [config.load(cell) for cell in cells]
+    assert {text for cell in cells for text in cell if text.startswith("method=")} == {
+        f"method={name}" for name in config.choices("method")
+    }
+    assert len({(e.name, e.data.name, e.partition.name, e.seed) for e in found}) == len(cells)
+    assert not any(e.baseline for e in found)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 
 from fedq import available, build, codecs, config, registry
 
@@ -208,3 +209,18 @@ def test_the_page_of_physics_names_everything() -> None:
 def test_the_table_of_the_zoo_is_this_version_s() -> None:
     page = (REPOSITORY / "docs" / "tasks.md").read_text()
     assert maker("make_tasks").with_table(page) == page, "run python docs/make_tasks.py"
+
+
+# --- docs/studies.md -----------------------------------------------------------------------------
+
+
+def test_the_study_shown_is_the_one_that_is_there() -> None:
+    (shown,) = blocks(REPOSITORY / "docs" / "studies.md", "yaml")
+    file = config.conf_directory() / "experiment" / "bits_vs_accuracy.yaml"
+    assert yaml.safe_load(shown) == yaml.safe_load(file.read_text())
+
+
+def test_the_page_names_every_method() -> None:
+    page = (REPOSITORY / "docs" / "studies.md").read_text()
+    for name in config.choices("method"):
+        assert f"`{name}`" in page, name

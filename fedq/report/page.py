@@ -59,7 +59,7 @@ def _methods(study: Study, task: str, methods: Sequence[Method]) -> list[dict[st
             "style": styles[method],
             "hidden": method not in shown,
             "cells": cells(study, method),
-            "record": _short(record(study, method)),
+            "record": record(study, method),
             "curve": _thin(method.curve),
             "seeds": [
                 {"seed": run.seed, "curve": _thin(run.costs, _POINTS // 2)}
@@ -78,10 +78,6 @@ def _thin(curve: Mapping[str, Sequence[float]], most: int = _POINTS) -> dict[str
     step = max(1, math.ceil(count / most))
     kept = sorted({*range(count - 1, -1, -step)})
     return {key: [_four(values[i]) for i in kept] for key, values in curve.items()}
-
-
-def _short(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _four(v) if isinstance(v, float) else v for key, v in row.items()}
 
 
 def _four(value: float) -> float:

@@ -140,7 +140,7 @@ def _curves(
         x, y = curve[cost], [100 * value for value in curve["accuracy"]]
         half = [100 * value for value in curve["half"]]
         axes.plot(x, y, color=style["color"], linewidth=1.7 if named else 0.8, zorder=3 + named)
-        if named and any(half):
+        if named and len(method.finished) > 2:  # of two, the interval covers all
             low = [value - h for value, h in zip(y, half, strict=True)]
             high = [value + h for value, h in zip(y, half, strict=True)]
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -30,6 +30,7 @@ HEADERS = {
     "downlink": "downlink",
     "total": "total",
     "reach": f"to {100 * EQUAL_PART:.0f} % of float",
+    "uplink_reach": "uplink to there",
     "less": "vs float there",
     "time": "simulated",
     "energy": "energy",
@@ -193,6 +194,7 @@ SORTED_BY = {
     "downlink": "downlink_bytes",
     "total": "total_bytes",
     "reach": "total_bytes_to_float",
+    "uplink_reach": "uplink_bytes_to_float",
     "less": "total_bytes_to_float_ratio",
     "time": "simulated_seconds",
     "energy": "joules",
@@ -215,6 +217,9 @@ def cells(study: Study, method: Method) -> dict[str, str]:
         "reach": _size(reached.spent)
         if reached.reached == reached.of
         else f"{reached.reached} of {reached.of} seeds",
+        "uplink_reach": _size(study.to_reach(method, "uplink_bytes").spent)
+        if reached.reached == reached.of
+        else "",
         "less": "" if method.is_reference or reached.ratio is None else ratio(reached.ratio),
         "time": _mean(method.mean("simulated_seconds"), duration),
         "energy": _mean(method.mean("joules"), joules),
