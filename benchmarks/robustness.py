@@ -45,7 +45,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 
 def trained(folder: Path, options: list[str], quick: bool, seed: int) -> Subject:
     """Return a run of fedq, made anew."""
-    size = ["data=digits", "model=mlp", "rounds=3", "clients=5"] if quick else ["rounds=15"]
+    size = ["data=digits", "model=mlp", "rounds=3", "clients=5"] if quick else ["rounds=20"]
     run = [*size, *options, f"seed={seed}", "baseline=false", "engine.workers=1"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.main(["simulate", *run, f"run_dir={folder}"]) == 0
@@ -189,10 +189,10 @@ def masking(name: str, subject: Subject, examples: int, steps: int, queries: int
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=1, help="of each attack (default: 1)")
+    parser.add_argument("--repeats", type=int, default=2, help="of each attack (default: 2)")
     options = parser.parse_args()
     quick = options.quick
-    examples, steps, queries = (20, 5, 20) if quick else (100, 40, 300)
+    examples, steps, queries = (20, 5, 20) if quick else (200, 40, 500)
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: trained(Path(folder) / name, of, quick, options.seed)
