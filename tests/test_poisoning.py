@@ -13,7 +13,7 @@ import torch
 from fedq import ConfigError, build, config, simulation
 from fedq.errors import DecodeError
 from fedq.random import generator
-from fedq.robustness import _conditioned, _federations, _hostile, _liars, _rules
+from fedq.robustness import _conditioned, _continued, _hostile, _liars, _rules
 from fedq.robustness.base import Work
 from fedq.robustness.outcome import Gate, Outcome
 from fedq.robustness.subject import Subject
@@ -53,7 +53,7 @@ def test_a_run_goes_on_from_its_model_and_is_not_run_twice(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = [part for part in subject.parts if len(part)][:6]
-    first = _federations.go_on(subject, work(tmp_path), 1, parts)
+    first = _continued.go_on(subject, work(tmp_path), 1, parts)
     trained = subject.accuracy(subject.dataset.test_inputs(), subject.dataset.y_test)
     assert first["rounds"] == 4
     assert first["accuracy"] > trained - 0.1
@@ -63,11 +63,11 @@ def test_a_run_goes_on_from_its_model_and_is_not_run_twice(
         raise AssertionError("run again")
 
     monkeypatch.setattr(simulation, "run_experiment", never)
-    assert _federations.go_on(subject, work(tmp_path), 1, parts) == first
+    assert _continued.go_on(subject, work(tmp_path), 1, parts) == first
     with pytest.raises(AssertionError, match="run again"):
-        _federations.go_on(subject, work(tmp_path), 1, parts[:5])
+        _continued.go_on(subject, work(tmp_path), 1, parts[:5])
     with pytest.raises(AssertionError, match="run again"):
-        _federations.go_on(subject, work(tmp_path, seed=1), 1, parts)
+        _continued.go_on(subject, work(tmp_path, seed=1), 1, parts)
 
 
 def test_rules_are_made_for_so_many() -> None:

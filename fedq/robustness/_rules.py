@@ -14,7 +14,7 @@ from fedq.aggregators.base import Aggregator
 from fedq.attacks.base import Attack
 from fedq.errors import ConfigError, FedqError
 from fedq.registry import describe
-from fedq.robustness import _federations
+from fedq.robustness import _continued
 from fedq.robustness.base import Work
 from fedq.robustness.outcome import Gate, Outcome
 from fedq.robustness.subject import Subject
@@ -85,7 +85,7 @@ class Setting:
 
     subject: Subject
     work: Work
-    parts: _federations.Parts
+    parts: _continued.Parts
     rounds: int
     fraction: float
 
@@ -132,7 +132,7 @@ class Setting:
         """Return the federation under one attack, or :data:`NO_ATTACK`, and one rule."""
         honest = attack == NO_ATTACK
         chosen = registry.build("attack", attack) if honest else attack_of(attack, self.fraction)
-        summary = _federations.go_on(
+        summary = _continued.go_on(
             self.subject,
             self.work,
             self.rounds,
@@ -157,7 +157,7 @@ class Setting:
         """Return whether as many are hostile as the rule is made for, and data differ."""
         made_for, clients = declared(rule, len(self.parts)), len(self.parts)
         dataset = self.subject.dataset
-        found = _federations.skew(self.parts, dataset.y_train, dataset.classes)
+        found = _continued.skew(self.parts, dataset.y_train, dataset.classes)
         return (
             Gate(
                 "as many hostile as declared",
