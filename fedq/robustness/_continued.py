@@ -25,6 +25,7 @@ _OF_NODES: Mapping[str, Any] = {
     "clients": {},
     "privacy": None,
     "failures": 0,
+    "waiting": [],
 }
 
 
@@ -66,7 +67,8 @@ def go_on(
     folder = kept.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     meta = {**checkpoint.meta, **_OF_NODES, "guard": _medians(checkpoint.meta["guard"])}
-    tensors = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("broadcast.")}
+    of_nodes = ("broadcast.", "waiting.")
+    tensors = {n: t for n, t in checkpoint.tensors.items() if not n.startswith(of_nodes)}
     with results.RunDirectory.create(folder, experiment.to_config()) as directory:
         directory.save_checkpoint(checkpoint.round, tensors, meta)
     summary = simulation.run_experiment(experiment, folder, resume=True, parts=parts).summary
