@@ -50,6 +50,10 @@ COLUMNS = {
 }
 
 
+#: A choice among others, and what classifies nothing.
+OTHERS = ("auto", "autoencoder", "tcn")
+
+
 def trained(model: str, quantization: Any, epochs: int, seed: int) -> Source:
     """Return a model trained on all data of one source in one place."""
     source = DATA.get(model, "mnist5k")
@@ -100,7 +104,7 @@ def main() -> None:
     models = (
         arguments.models.split(",")
         if arguments.models
-        else [name for name in registry.available("model") if name != "auto"]
+        else [name for name in registry.available("model") if name not in OTHERS]
     )
     rows, reports = [], []
     widths = [8] if arguments.quick else [8, 4, 2]

@@ -71,7 +71,8 @@ def test_the_wheel_is_one_package_with_its_choices(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"fedq", info}
     conf = {f"fedq/{name}" for name in files("conf", suffix=".yaml")}
     assert "fedq/conf/config.yaml" in conf
-    expected = files("fedq", suffix=".py") | conf | {"fedq/py.typed"}
+    pages = files("fedq", suffix=".html") | files("fedq", suffix=".css")
+    expected = files("fedq", suffix=".py") | conf | pages | {"fedq/py.typed"}
     assert {name for name in names if name.startswith("fedq/")} == expected
     assert any(name.startswith(f"{info}/licenses/") for name in names)
 

@@ -490,7 +490,7 @@ def test_distillation_pulls_towards_the_float_twin() -> None:
         )
         trainer = Trainer(qat.prepare(create(fedq.build("model", "mlp"), (6,), 3)))
         with torch.no_grad():
-            before = trainer._float_logits(x)
+            before = trainer._float_outputs(x)
         config = TrainingConfig(local_epochs=10, learning_rate=0.05)
         trainer.train(x, y, config, seed=0)
         trainer.model.eval()
