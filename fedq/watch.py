@@ -204,7 +204,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(path: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serving(path: str | os.PathLike[str], host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve the page of a directory for as long as the context lasts, and yield its address.
 
     Args:
