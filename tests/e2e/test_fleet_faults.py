@@ -31,7 +31,8 @@ from tests.e2e import lossy
 from tests.e2e.faulty import STEPS
 from tests.e2e.test_fleet import RUN_S, fedq, register, rounds, summary, until
 
-pytestmark = pytest.mark.slow
+# Faults come at moments of real processes: on a crowded machine one may come too late.
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1)]
 
 FULL = os.environ.get("FEDQ_FAULTS") == "full"
 SHORT_CUT_S, LONG_CUT_S = (25.0, 90.0) if FULL else (2.0, 9.0)
