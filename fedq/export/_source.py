@@ -27,6 +27,7 @@ LOG = logging.getLogger("fedq")
 CALIBRATION = 512
 _FEW = 32
 _BATCH = 100
+_FORWARD = 500  # examples of a forward pass; bounds memory
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,17 @@ class Source:
 
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return what the network with fake quantizers gives for (n, *shape) inputs."""
-        with torch.no_grad():
-            parts = [
-                self.network(torch.from_numpy(x[i : i + 500])).numpy()
-                for i in range(0, len(x), 500)
-            ]
-        return np.concatenate(parts)
+        return outputs(self.network, x)
+
+
+def outputs(network: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what a network in evaluation mode gives for (n, *shape) inputs, in batches."""
+    with torch.no_grad():
+        parts = [
+            network(torch.from_numpy(x[start : start + _FORWARD])).numpy()
+            for start in range(0, len(x), _FORWARD)
+        ]
+    return np.concatenate(parts)
 
 
 def source(

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedq import registry, server
 from fedq.client import SimulatedSite, client_app
@@ -28,8 +26,6 @@ from fedq.training import Trainer, trainer_for
 # isort: split
 from flwr.app import Context
 from flwr.serverapp import Grid
-
-_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,6 @@ def trainer_of(experiment: Experiment, dataset: Dataset) -> Trainer:
         dataset.classes,
         seed=derive(experiment.seed, "model"),
     )
-
-
-def logits(network: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what a network in evaluation mode gives for (n, *shape) inputs, (n, classes)."""
-    with torch.no_grad():
-        parts = [
-            network(torch.from_numpy(x[start : start + _BATCH])).numpy()
-            for start in range(0, len(x), _BATCH)
-        ]
-    return np.concatenate(parts)
 
 
 def clients(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64]]:

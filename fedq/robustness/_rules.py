@@ -117,7 +117,7 @@ class Setting:
         for label, rule in rules.items():
             found: dict[str, Summary] = {}
             try:
-                self._check(rule)
+                rule.check(len(self.parts))
                 for name in tried:
                     self.work.step(done + len(found), len(rules) * len(tried))
                     found[name] = self.cell(name, rule)
@@ -146,12 +146,6 @@ class Setting:
             # A model that stands still looks robust.
             raise FedqError(f"{describe(rule)} skipped rounds: too few updates were left for it")
         return summary
-
-    def _check(self, rule: Aggregator) -> None:
-        """Raise the formula of a rule that needs more clients than there are."""
-        clients = len(self.parts)
-        if not rule.trusted_examples:
-            rule(np.zeros((clients, 1), np.float32), np.ones(clients))
 
     def gates(self, rule: Aggregator) -> tuple[Gate, ...]:
         """Return whether as many are hostile as the rule is made for, and data differ."""

@@ -15,7 +15,7 @@ from torch import nn
 from fedq.engines.recorder import Seen
 from fedq.errors import FedqError
 from fedq.experiment import Experiment
-from fedq.export._source import source
+from fedq.export._source import outputs, source
 from fedq.layout import Vector
 from fedq.quantization.base import float_twin
 from fedq.robustness import _federation as federation
@@ -102,7 +102,7 @@ def _signals(
     network: nn.Module, x: NDArray[np.float32], y: NDArray[np.int64], twin: bool
 ) -> Signals:
     with float_twin(network) if twin else nullcontext():
-        return confidence(federation.logits(network, x), y)
+        return confidence(outputs(network, x), y)
 
 
 class Shadows:

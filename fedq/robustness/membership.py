@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedq.engines.recorder import Seen
 from fedq.errors import ConfigError
+from fedq.export._source import outputs
 from fedq.random import derive, generator
 from fedq.registry import register
 from fedq.results import read_summary
@@ -216,7 +217,7 @@ class _Inference:
             "deployed": inference.confidence(self.subject.deployed(x), self.pool.labels),
         }
         with self.subject.twin() as network:
-            signals["twin"] = inference.confidence(federation.logits(network, x), self.pool.labels)
+            signals["twin"] = inference.confidence(outputs(network, x), self.pool.labels)
         judged = {
             kind: self._judged(own[None], kind, self.pool.members) for kind, own in signals.items()
         }

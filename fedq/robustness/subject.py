@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -23,7 +22,7 @@ from fedq.experiment import Experiment
 from fedq.export import _reference
 from fedq.export._convert import convert
 from fedq.export._graph import Graph
-from fedq.export._source import source
+from fedq.export._source import outputs, source
 from fedq.quantization.base import float_twin
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import generator
@@ -87,7 +86,7 @@ class Subject:
         """
         graph = self.graph
         if graph is None:
-            return _logits(self.network, x)
+            return outputs(self.network, x)
         grid = graph.output.grid
         parts = []
         for start in range(0, len(x), _BATCH):
@@ -103,7 +102,7 @@ class Subject:
 
     def twin_logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of the float twin, (n, classes), for inputs (n, *input_shape)."""
-        return _logits(self.twin_network, x)
+        return outputs(self.twin_network, x)
 
     @contextmanager
     def twin(self) -> Iterator[nn.Module]:
@@ -141,10 +140,3 @@ class Subject:
     def parts(self) -> list[NDArray[np.int64]]:
         """The training rows of each client; some may be empty."""
         return partition(self.experiment, self.dataset)
-
-
-def _logits(network: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        starts = range(0, len(x), _BATCH)
-        parts = [network(torch.from_numpy(x[i : i + _BATCH])).numpy() for i in starts]
-    return np.concatenate(parts)
