@@ -14,7 +14,7 @@ BLUE, RED, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#2626
 
 
 def with_made(page: str, name: str, made: str) -> str:
-    """Return a page with what stands between ``<!-- NAME: ... -->`` and ``<!-- end of NAME -->``."""
+    """Return a page with what it has from ``<!-- NAME: -->`` to ``<!-- end of NAME -->`` anew."""
     whole = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
     page, times = whole.subn(lambda found: found[1] + made + found[2], page)
     if times != 1:
@@ -37,3 +37,8 @@ def _cell(text: str) -> str:
     """Return a cell whose bars are no borders, which Markdown's dialects write unlike in code."""
     text = re.sub(r"`([^`]*\|[^`]*)`", lambda code: f"<code>{html.escape(code[1])}</code>", text)
     return text.replace("|", "&#124;")
+
+
+def slug(heading: str) -> str:
+    """Return the fragment that Git hosts give to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

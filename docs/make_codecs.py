@@ -1,6 +1,6 @@
 """What is made for docs/codecs.md: the table of codecs, and the picture of how ``dtcq`` works.
 
-python docs/make_codecs.py      # the picture of the frontier: runs `fedq codecs`, a minute
+``python docs/make_codecs.py`` runs ``fedq codecs`` (a minute) and keeps its picture.
 """
 
 from __future__ import annotations

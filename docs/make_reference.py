@@ -58,8 +58,8 @@ def run() -> str:
     rows = [_option(option) for option in reference.run_options()]
     return (
         "# Values of a run\n\n"
-        "Options of `fedq simulate` and `fedq fleet run` that are no choice of a registered object, "
-        "such as\n`rounds=20`.\n\n"
+        "Options of `fedq simulate` and `fedq fleet run` that are no choice of a "
+        "registered object,\nsuch as `rounds=20`.\n\n"
         f"{_options(rows)}\n"
     )
 
@@ -106,11 +106,7 @@ def _option(option: reference.Option) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """Return a docstring's text as Markdown: code stays code, all else says what it says.
-
-    >>> prose("See ``a|b`` of O(n**2), arXiv:1706.06083")
-    'See `a|b` of O(n\\\\*\\\\*2), [arXiv:1706.06083](https://arxiv.org/abs/1706.06083)'
-    """
+    """Return a docstring's text as Markdown: code stays code, all else says what it says."""
     parts = _CODE.split(text)
     parts[::2] = map(_escaped, parts[::2])
     parts[1::2] = (f"`{code.strip('`')}`" for code in parts[1::2])

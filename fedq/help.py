@@ -33,7 +33,7 @@ def overview() -> str:
 
 
 def explain(what: str) -> str:
-    """Return what an option means, or a choice of it.
+    r"""Return what an option means, or a choice of it.
 
     Raises:
       ConfigError: On an unknown option or name, naming the nearest.

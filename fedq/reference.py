@@ -1,8 +1,8 @@
 """What every registered object is, read from the registry and from docstrings.
 
 The pages of ``docs/reference/`` and ``fedq help`` are made of this. The texts are those of the
-classes: the ``Args`` of an object, and of the classes it derives from, say what its options mean, the
-first line of its module or its ``Reference`` where it comes from.
+classes: the ``Args`` of an object, and of the classes it derives from, say what its options mean,
+the first line of its module or its ``Reference`` where it comes from.
 """
 
 from __future__ import annotations
