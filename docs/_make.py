@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent
 REPOSITORY = DOCS.parent
 #: The colours of pictures, those of Okabe and Ito 2008 that all can tell apart.
 BLUE, RED, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8C8C8C", "#262626"
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield a figure, and write it as SVG that is the same each time."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, facecolor="white")
+    FigureCanvasAgg(figure)
+    yield figure
+    with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def with_made(page: str, name: str, made: str) -> str:

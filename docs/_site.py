@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: the site's pages lie as they lie in the repository, so links hold in both."""
+"""Hooks of mkdocs.yml: pages lie as they do in the repository, so that links hold in both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _make import REPOSITORY, slug  # noqa: E402
+from _make import REPOSITORY, slug
 
 #: Pages, and what they show or link to.
 SHOWN = (

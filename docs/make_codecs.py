@@ -60,31 +60,20 @@ def draw() -> None:
 
 def idea(path: Path) -> None:
     """Draw what ``dtcq`` is made of: dither, trellis, steps."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-    figure.subplots_adjust(left=0.02, right=0.985, bottom=0.13, top=0.88, wspace=0.2)
-    for axes, title in zip(
-        panels,
-        (
-            "1  Dither: the grid moves, the error forgets x",
-            "2  Trellis: eight states, two branches each",
-            "3  Steps: the cube root of small scales",
-        ),
-        strict=True,
-    ):
-        axes.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold", pad=10)
-        for side in ("top", "right", "left", "bottom"):
-            axes.spines[side].set_visible(False)
-    _draw_dither(panels[0])
-    _draw_trellis(panels[1])
-    _draw_steps(panels[2])
-    with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    titles = (
+        "1  Dither: the grid moves, the error forgets x",
+        "2  Trellis: eight states, two branches each",
+        "3  Steps: the cube root of small scales",
+    )
+    with _make.picture(path, (12, 4.6)) as figure:
+        panels = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+        figure.subplots_adjust(left=0.02, right=0.985, bottom=0.13, top=0.88, wspace=0.2)
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold", pad=10)
+            axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        _draw_dither(panels[0])
+        _draw_trellis(panels[1])
+        _draw_steps(panels[2])
 
 
 def _draw_dither(axes: Axes) -> None:

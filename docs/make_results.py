@@ -30,7 +30,10 @@ def pages() -> Iterator[tuple[Path, str]]:
         "They name the machine, its load, versions and seeds; `--quick` only shows that a script "
         "runs.\n\n"
     )
-    yield BENCHMARKS / "README.md", text + _make.table(["results", "of", "date", "machine"], rows) + "\n"
+    yield (
+        BENCHMARKS / "README.md",
+        text + _make.table(["results", "of", "date", "machine"], rows) + "\n",
+    )
 
 
 def _what(script: Path) -> str:
