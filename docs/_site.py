@@ -54,4 +54,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = path.relative_to(REPOSITORY).as_posix()
             files.append(File(name, str(REPOSITORY), config.site_dir, config.use_directory_urls))
     return files
-
