@@ -183,6 +183,23 @@ def pages() -> Iterator[tuple[Path, str]]:
             if quote.page == page:
                 text = _make.with_made(text, quote.name, made(quote))
         yield DOCS / page, text
+    page = DOCS / "privacy.md"
+    yield page, _make.with_made(page.read_text(), "accuracy", privacy())
+
+
+def privacy() -> str:
+    """Return accuracy by mechanism and epsilon, in percent."""
+    epsilons, shown = ("1", "3", "10"), []
+    _, *body = table("privacy", "")
+    for mechanism in dict.fromkeys(row[0] for row in body if row[1]):
+        rows = {row[1]: row for row in body if row[0] == mechanism}
+        spread = [
+            f"{100 * float(rows[e][3]):.1f} +- {100 * float(rows[e][4]):.1f} %" for e in epsilons
+        ]
+        bits = sorted({f"{float(row[5]):.1f}" for row in rows.values()}, key=float)
+        shown.append([mechanism, *spread, " to ".join(dict.fromkeys((bits[0], bits[-1])))])
+    head = ["mechanism", *(f"epsilon {e}" for e in epsilons), "uplink bits per parameter"]
+    return _make.table(head, shown, right=1)
 
 
 def made(quote: Quote) -> str:
