@@ -217,7 +217,7 @@ def _joined(text: str) -> str:
 
 def _doc(obj: Any) -> str:
     """Return a docstring, with Sphinx's roles as plain code."""
-    return _ROLE.sub(r"``\1``", inspect.cleandoc(obj.__dict__.get("__doc__") or ""))
+    return _ROLE.sub(r"``\1``", inspect.cleandoc(obj.__doc__ or ""))
 
 
 def _options(cls: type) -> Iterator[Option]:
