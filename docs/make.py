@@ -1,198 +1,37 @@
-"""What is made for docs/codecs.md: ``python docs/make.py [table] [idea] [frontier]``.
+"""Make again what the documents show of this version and of results files: ``python docs/make.py``.
 
-``table`` writes the table of registered codecs into the page (a test compares it), ``idea`` the
-pictures of how ``dtcq`` works, ``frontier`` runs ``fedq codecs`` (a minute) and keeps its picture.
+Each ``make_*.py`` here has ``pages()``, which yields pages as they should be, or ``draw()``, which
+draws; a test compares the pages. What needs long runs is made by calling such a file itself.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
 
-import numpy as np
-
-from fedq import build, registry
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-DOCS = Path(__file__).parent
-PAGE = DOCS / "codecs.md"
-BEGIN, END = "<!-- table: python docs/make.py table -->", "<!-- end of table -->"
-BLUE, RED, GREY, INK = "#0072B2", "#D55E00", "#8C8C8C", "#262626"
+sys.path.insert(0, str(Path(__file__).parent))
+MAKERS = sorted(path.stem for path in Path(__file__).parent.glob("make_*.py"))
 
 
-# --- table ---------------------------------------------------------------------------------------
-
-
-def table() -> str:
-    """Return the registered codecs as a Markdown table."""
-    lines = ["| codec | what, and whose | unbiased | options and defaults | example |"]
-    lines += ["|---|---|---|---|---|"]
-    for name, cls in registry.table("codec").items():
-        codecs = [build("codec", name, **options) for options in cls.examples]  # type: ignore[attr-defined]
-        promises = {codec.unbiased for codec in codecs}
-        unbiased = "by options" if len(promises) == 2 else "yes" if promises.pop() else "no"
-        options = ", ".join(
-            f"`{field.name}`" if field.required else f"`{field.name}={_plain(field.default)}`"
-            for field in registry.fields(cls).values()
-        )
-        text = ast.get_docstring(ast.parse(inspect.getsource(inspect.getmodule(cls)))) or ""  # type: ignore[arg-type]
-        first = text.split("\n\n")[0].replace("\n", " ").rstrip(".")
-        cells = [f"`{name}`", first, unbiased, options, f"`{registry.describe(codecs[-1])}`"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    if registry.is_registered(value):
-        return str(registry.describe(value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def with_table(page: str) -> str:
-    """Return the page with the table of this version."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-def idea(path: Path) -> None:
-    """Draw what ``dtcq`` is made of: dither, trellis, steps."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-    figure.subplots_adjust(left=0.02, right=0.985, bottom=0.13, top=0.88, wspace=0.2)
-    for axes, title in zip(
-        panels,
-        (
-            "1  Dither: the grid moves, the error forgets x",
-            "2  Trellis: eight states, two branches each",
-            "3  Steps: the cube root of small scales",
-        ),
-        strict=True,
-    ):
-        axes.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold", pad=10)
-        for side in ("top", "right", "left", "bottom"):
-            axes.spines[side].set_visible(False)
-    _draw_dither(panels[0])
-    _draw_trellis(panels[1])
-    _draw_steps(panels[2])
-    with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
-
-
-def _draw_dither(axes: Axes) -> None:
-    x, rows = 0.62, (0.15, 0.55, 0.85, 0.35)
-    for row, u in enumerate(rows):
-        y = len(rows) - row
-        axes.plot([-2.4, 2.9], [y, y], color="#E6E6E6", linewidth=1, zorder=1)
-        points = np.arange(-3, 4) - u
-        points = points[(points > -2.4) & (points < 2.9)]
-        axes.plot(points, np.full(points.size, y), "o", color=BLUE, markersize=5, zorder=3)
-        near = points[np.argmin(np.abs(points - x))]
-        axes.annotate(
-            "", (near, y), (x, y), arrowprops={"arrowstyle": "-|>", "color": RED, "linewidth": 1.6}
-        )
-        axes.text(-2.5, y, f"u = {u}", ha="right", va="center", fontsize=9, color=GREY)
-    axes.plot([x, x], [0.4, len(rows) + 0.5], "--", color=INK, linewidth=1, zorder=2)
-    axes.text(x, len(rows) + 0.58, "x", ha="center", fontsize=10, color=INK)
-    axes.text(
-        0.1, -0.25, "the client rounds x on a grid that the seed moves, the server\n"
-        "knows where. Over seeds the error has mean zero and one\n"
-        "law for every x: n clients leave 1/n of it", ha="center", va="center", fontsize=8.5,
-        color=INK, linespacing=1.5,
-    )  # fmt: skip
-    axes.set_xlim(-3.6, 3.2)
-    axes.set_ylim(-0.9, 5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _draw_trellis(axes: Axes) -> None:
-    from fedq.codecs._trellis import transitions
-
-    steps, after = 4, transitions(8)
-    path, state = [0], 0
-    for branch in (1, 0, 1, 1):
-        state = int(after[state, branch])
-        path.append(state)
-    for step in range(steps):
-        for start in range(8):
-            for branch in (0, 1):
-                end = int(after[start, branch])
-                chosen = path[step] == start and path[step + 1] == end
-                axes.plot(
-                    [step, step + 1], [-start, -end], "-" if branch == 0 else "--", zorder=2,
-                    color=RED if chosen else "#BDBDBD", linewidth=2.4 if chosen else 0.9,
-                )  # fmt: skip
-    for step in range(steps + 1):
-        axes.plot([step] * 8, -np.arange(8), "o", color=INK, markersize=4.5, zorder=3)
-    for start in range(8):
-        subset = "even" if start % 2 == 0 else "odd"
-        axes.text(-0.15, -start, subset, ha="right", va="center", fontsize=8.5, color=GREY)
-    axes.text(
-        steps / 2, -8.35, "a state allows even or odd levels, and the level sent chooses\n"
-        "the branch. The nearest path (Viterbi 1967) is 1.08 dB\n"
-        "nearer than rounding, of 1.53 dB that exist",
-        ha="center", va="center", fontsize=8.5, color=INK, linespacing=1.5,
-    )  # fmt: skip
-    axes.set_xlim(-0.75, steps + 0.2)
-    axes.set_ylim(-9.3, 0.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _draw_steps(axes: Axes) -> None:
-    sigma = np.geomspace(0.05, 20, 200)
-    step = np.clip(sigma, None, 1) ** (1 / 3)
-    axes.loglog(sigma, step, color=BLUE, linewidth=2.2)
-    axes.loglog(sigma, np.ones(200), "--", color=GREY, linewidth=1)
-    axes.axvline(1, color="#E6E6E6", linewidth=1)
-    axes.text(
-        1.4,
-        0.5,
-        "small coordinates:\nstep ~ σ^(1/3), so that\nmany of them do not\nadd up to much noise",
-        fontsize=9,
-    )
-    axes.text(1.3, 0.9, "one step for all:\nreverse water-filling", fontsize=9, va="top")
-    axes.set_xlabel("scale σ of row and column, in steps", fontsize=9)
-    axes.set_ylabel("step", fontsize=9)
-    axes.set_ylim(0.33, 1.15)
-    axes.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
-    axes.set_yticks([0.4, 0.6, 0.8, 1], ["0.4", "0.6", "0.8", "1"])
-    axes.tick_params(which="both", length=0, labelsize=8.5)
-    axes.minorticks_off()
-
-
-def frontier(path: Path) -> None:
-    """Measure codecs and keep the picture, a minute's work."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fedq.cli", "codecs", "--out", folder]
-        subprocess.run(command, check=True)
-        path.write_bytes((Path(folder) / "codecs.svg").read_bytes())
+def makers(what: str) -> Iterator[ModuleType]:
+    """Yield the modules that have ``pages()``, or ``draw()``."""
+    for name in MAKERS:
+        module = import_module(name)
+        if hasattr(module, what):
+            yield module
 
 
 def main() -> None:
-    """Make what is asked for, or table and idea."""
-    asked = sys.argv[1:] or ["table", "idea"]
-    if "table" in asked:
-        PAGE.write_text(with_table(PAGE.read_text()))
-    if "idea" in asked:
-        idea(DOCS / "codecs_idea.svg")
-    if "frontier" in asked:
-        frontier(DOCS / "codecs_frontier.svg")
+    """Write all pages and pictures."""
+    for maker in makers("pages"):
+        for path, text in maker.pages():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for maker in makers("draw"):
+        maker.draw()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,20 @@
-"""What is made for docs/quantization.md: ``python docs/make_quantization.py``.
-
-It writes the table of weight quantizers, with the error that each makes, into the page, and draws
-their staircases.
-"""
+"""What is made for docs/quantization.md: the table of weight quantizers, and their staircases."""
 
 from __future__ import annotations
 
-import ast
-import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _make
 import torch
+from _make import BLUE, DOCS, GREY
 from torch import Tensor
 
-from fedq import build, registry
+from fedq import build, reference, registry
 
-DOCS = Path(__file__).parent
 PAGE = DOCS / "quantization.md"
 PICTURE = DOCS / "quantization_staircases.svg"
-BEGIN = "<!-- table: python docs/make_quantization.py -->"
-END = "<!-- end of table -->"
-BLUE, GREY = "#0072B2", "#8C8C8C"
 #: Drawn and measured: name in the registry, options.
 DRAWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear", {"bits": 8}),
@@ -55,24 +48,18 @@ def error(name: str, options: dict[str, Any]) -> float:
 
 def table() -> str:
     """Return the weight quantizers as a Markdown table."""
-    lines = ["| weights | what, and whose | bits in storage | error |", "|---|---|---:|---:|"]
+    rows = []
     for name, options in DRAWN:
         scheme = build("weight_quantizer", name, **options)
-        module = inspect.getmodule(type(scheme))
-        assert module is not None
-        text = ast.get_docstring(ast.parse(inspect.getsource(module))) or ""
-        first = text.split("\n\n")[0].replace("\n", " ").rstrip(".")
-        lines.append(
-            f"| `{registry.describe(scheme)}` | {first} | {scheme.bits}"
-            f" | {error(name, options):.2g} |"
-        )
-    return "\n".join(lines)
+        made = f"{error(name, options):.2g}"
+        what = reference.title(type(scheme))
+        rows.append([f"`{registry.describe(scheme)}`", what, str(scheme.bits), made])
+    return _make.table(["weights", "what, and whose", "bits in storage", "error"], rows, right=2)
 
 
-def with_table(page: str) -> str:
-    """Return the page with the table of this version."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield the page with the table of this version."""
+    yield PAGE, _make.with_made(PAGE.read_text(), "table", table())
 
 
 def draw() -> None:
@@ -98,8 +85,3 @@ def draw() -> None:
     figure.supylabel("on the device", fontsize=9)
     figure.tight_layout()
     figure.savefig(PICTURE, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
-    draw()

@@ -1,18 +1,20 @@
-"""What is made for docs/tasks.md: ``python docs/make_tasks.py`` writes the table of the zoo."""
+"""What is made for docs/tasks.md: the table of the zoo."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import _make
 import torch
+from _make import DOCS
 from torch import nn
 
 from fedq import build
 from fedq.models.base import count_parameters, create
 from fedq.quantization.footprint import footprint
 
-PAGE = Path(__file__).parent / "tasks.md"
-BEGIN, END = "<!-- table: python docs/make_tasks.py -->", "<!-- end of table -->"
+PAGE = DOCS / "tasks.md"
 #: Use, model, shape of an input, outputs, task and its metric, data.
 ZOO = (
     ("keyword spotting", "ds_cnn", (1, 49, 10), 12, "classification", "speech_commands"),
@@ -62,11 +64,6 @@ def multiplications(network: nn.Module, shape: tuple[int, ...]) -> int:
     return total
 
 
-def with_table(page: str) -> str:
-    """Return the page with the table of this version."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield the page with the zoo of this version."""
+    yield PAGE, _make.with_made(PAGE.read_text(), "table", table())

@@ -299,6 +299,18 @@ def _parser() -> argparse.ArgumentParser:
         for name in arguments:
             parsed.add_argument(name.lower(), metavar=name)
 
+    explain = commands.add_parser(
+        "help",
+        help="what an option, or a choice such as codec=dtcq, means",
+        description="Explain options: all of them, the choices of one, or one choice with its own "
+        "options, an example and its source.",
+        epilog="examples: fedq help    fedq help codec    fedq help codec=dtcq    fedq help rounds",
+        allow_abbrev=False,
+    )
+    explain.add_argument("what", nargs="*", metavar="OPTION[=NAME]")
+    explain.add_argument("--plugin", action="append", default=[], metavar="FILE.py")
+    explain.set_defaults(run=_help)
+
     doctor = commands.add_parser(
         "doctor", help="check this machine", description="Check this machine.", allow_abbrev=False
     )
@@ -603,6 +615,16 @@ def _watch(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"{options.directory} is shown at {address} until Ctrl-C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
+    return 0
+
+
+def _help(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_flags(rest)
+    from fedq import config
+    from fedq import help as texts
+
+    config.load_plugins(options.plugin)
+    print("\n\n".join(texts.explain(what) for what in options.what) or texts.overview())
     return 0
 
 

@@ -61,19 +61,38 @@ def conf_directory() -> Path:
 
 def choices(option: str) -> list[str]:
     """Return the names an option accepts: registered names and the presets in ``conf/``."""
-    presets = {path.stem for path in (conf_directory() / option).glob("*.yaml")}
     registered = set(registry.available(CHOICES[option])) if option in CHOICES else set()
-    return sorted(presets | registered)
+    return sorted({*presets(option)} | registered)
+
+
+def presets(option: str) -> list[str]:
+    """Return the names of an option's files in ``conf/``."""
+    return sorted(path.stem for path in (conf_directory() / option).glob("*.yaml"))
+
+
+def preset(option: str, name: str) -> str:
+    """Return the text of a file in ``conf/``."""
+    if name not in presets(option):
+        raise unknown(option, name, presets(option))
+    return (conf_directory() / option / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def summary(option: str, name: str) -> str:
+    """Return the comment at the head of a file in ``conf/``.
+
+    >>> summary("codec", "fedpaq")
+    'FedPAQ (Reisizadeh et al. 2020): stochastic levels of the vector, here per tensor.'
+    """
+    head = itertools.takewhile(lambda line: line[:1] == "#", preset(option, name).splitlines())
+    return " ".join(line.strip("# ") for line in head if "@package" not in line)
 
 
 @cache
 def _store_registered() -> None:
     store = ConfigStore.instance()
     for option, group in CHOICES.items():
-        presets = {path.stem for path in (conf_directory() / option).glob("*.yaml")}
-        for name in registry.available(group):
-            if name not in presets:
-                store.store(group=option, name=name, node={"name": name})
+        for name in set(registry.available(group)) - {*presets(option)}:
+            store.store(group=option, name=name, node={"name": name})
     store.store(group="hydra/sweeper", name="optuna", node={"params": {}, "n_trials": 20})
 
 

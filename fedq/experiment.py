@@ -79,6 +79,7 @@ class Experiment:
       sealed: Whether the server signs its requests, and clients sign and encrypt their replies.
       keys: The server's directory of keys (see ``fedq keys``); ``None`` simulates keys, too.
       plugins: Python files of the user's own registered objects; never taken from a peer.
+      trackers: Services that get a copy of each round's figures, such as ``tensorboard``.
     """
 
     name: str

@@ -214,12 +214,6 @@ def test_the_table_of_the_zoo_is_this_version_s() -> None:
 # --- docs/studies.md -----------------------------------------------------------------------------
 
 
-def test_the_study_shown_is_the_one_that_is_there() -> None:
-    (shown,) = blocks(REPOSITORY / "docs" / "studies.md", "yaml")
-    file = config.conf_directory() / "experiment" / "bits_vs_accuracy.yaml"
-    assert yaml.safe_load(shown) == yaml.safe_load(file.read_text())
-
-
 def test_the_page_names_every_method() -> None:
     page = (REPOSITORY / "docs" / "studies.md").read_text()
     for name in config.choices("method"):

@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend numba",
     ),
     "report": (
-        "report codec_report doctor cli watch",
+        "report codec_report doctor cli watch reference",
         "torch flwr hydra omegaconf ray matplotlib sklearn mlxtend",
     ),
     "data": ("data", "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend"),
@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
     "programs": (
-        "simulation sweep optimize node fleet allocate personalise robustness evaluate",
+        "simulation sweep optimize help node fleet allocate personalise robustness evaluate",
         "ray matplotlib",
     ),
 }

@@ -22,6 +22,9 @@ class Ptq(Qat):
     Example:
       >>> Ptq().variants
       ('',)
+
+    Reference:
+      Nagel et al. 2021, "A white paper on neural network quantization", section 3.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

@@ -46,6 +46,10 @@ class Qat(Quantization):
       >>> [name for name, _ in lsq4.replace(first_last=None).prepare(network).named_parameters()]
       ['0.weight', '0.bias', '0.weight_quantizer.scale', '2.weight', '2.bias', \
 '2.weight_quantizer.scale']
+
+    Reference:
+      Jacob et al. 2018, "Quantization and training of neural networks for efficient
+      integer-arithmetic-only inference", section 3.
     """
 
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

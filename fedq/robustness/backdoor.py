@@ -28,6 +28,10 @@ class Backdoor(Evaluation):
       clients: That take part.
       rounds: After the run's last.
       fraction: Of clients that are hostile.
+
+    Reference:
+      Bagdasaryan et al. 2020, "How to backdoor federated learning"; Wang et al. 2020, "Attack of
+      the tails".
     """
 
     family = "backdoor"

@@ -70,6 +70,10 @@ class Reconstruction(Evaluation):
       iterations: Of a search.
       restarts: Of a search; that with the least loss counts.
       crowd: Clients in a masked sum; 0 leaves crowds out.
+
+    Reference:
+      Zhu et al. 2019, "Deep leakage from gradients"; Geiping et al. 2020, "Inverting gradients: how
+      easy is it to break privacy in federated learning?".
     """
 
     family: ClassVar[Family] = "reconstruction"
