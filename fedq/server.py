@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedq import private_training, registry
 from fedq.asynchronous import Waiting
@@ -59,7 +59,7 @@ def run(
     dataset: Dataset,
     directory: RunDirectory,
     *,
-    examples: Sequence[int] | None = None,
+    examples: ArrayLike | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -72,7 +72,7 @@ def run(
       experiment: What to run.
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
-      examples: Of simulated clients, by place; without them there is no simulated fleet.
+      examples: Of simulated clients, (clients,) by place; without them there is no simulated fleet.
       observer: Sees each round's record.
     """
     with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
@@ -113,7 +113,7 @@ class _Server:
         dataset: Dataset,
         directory: RunDirectory,
         observer: Observer,
-        examples: Sequence[int] | None = None,
+        examples: ArrayLike | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -182,7 +182,7 @@ class _Server:
             budget=experiment.budget,
         )
 
-    def _clock(self, examples: Sequence[int] | None) -> Clock | None:
+    def _clock(self, examples: ArrayLike | None) -> Clock | None:
         """Return the clock of the experiment's fleet, None without a fleet."""
         fleet = self.experiment.fleet
         if not fleet.timed:
@@ -191,7 +191,8 @@ class _Server:
             raise ConfigError(f"fleet={fleet.name} is simulated; devices take fleet=none")
         macs = training_macs(self.trainer.model, self.dataset.input_shape)
         epochs = self.experiment.local_epochs
-        return Clock(fleet, self.experiment.seed, [macs * epochs * count for count in examples])
+        work = float(macs * epochs) * np.asarray(examples, np.float64)
+        return Clock(fleet, self.experiment.seed, work)
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records strategy client engines asynchronous secure_client secure_server flower",
+        "records cohort strategy client engines asynchronous secure_client secure_server flower",
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),
