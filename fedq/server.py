@@ -37,6 +37,7 @@ from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
+from fedq.topologies import Topology
 from fedq.trackers import tracking
 from fedq.training import Trainer, trainer_for
 
@@ -50,7 +51,12 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset(
+    {
+        *("privacy", "simulated_seconds", "joules", "joules_by_use"),
+        *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
+    }
+)
 
 
 def run(
@@ -180,6 +186,7 @@ class _Server:
             clock=self._clock(examples),
             pacing=experiment.pacing,
             budget=experiment.budget,
+            topology=self._topology(examples),
         )
 
     def _clock(self, examples: ArrayLike | None) -> Clock | None:
@@ -193,6 +200,15 @@ class _Server:
         epochs = self.experiment.local_epochs
         work = float(macs * epochs) * np.asarray(examples, np.float64)
         return Clock(fleet, self.experiment.seed, work)
+
+    def _topology(self, examples: ArrayLike | None) -> Topology:
+        topology: Topology = self.experiment.topology
+        if not topology.flat and examples is None:
+            raise ConfigError(
+                f"topology={topology.name} is simulated; devices take topology=star, and an edge "
+                "of a real fleet is a server of its own"
+            )
+        return topology
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -407,9 +423,15 @@ def summarise(
         for key in ("simulated_seconds", "joules")
         if experiment.fleet.timed
     }
+    edges = {
+        key: sum(record.get(key, 0) for record in rounds)
+        for key in ("edge_uplink_bytes", "edge_downlink_bytes")
+        if not experiment.topology.flat
+    }
     return (
         {key: judged[key] for key in some if key in judged}
         | physics
+        | edges
         | {
             "name": experiment.name,
             "metric": metric.name,

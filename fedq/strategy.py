@@ -48,6 +48,9 @@ from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
+from fedq.topologies.base import Topology
+from fedq.topologies.star import Star
+from fedq.topologies.tree import Edges, Tree
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -113,7 +116,9 @@ class RoundReport:
     """What one round did. All sizes are lengths of bytes that crossed the grid.
 
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for.
+    ``joules`` what all its devices used, by what for. With edge aggregators, ``uplink_bytes`` and
+    ``downlink_bytes`` are between clients and edges, and those of ``edge`` between them and the
+    server; ``edge_nmse`` is what the second hop's encoding added to the mean.
     """
 
     round: int
@@ -134,6 +139,9 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    edge_uplink_bytes: int | None = None
+    edge_downlink_bytes: int | None = None
+    edge_nmse: float | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -212,6 +220,7 @@ class FedQ(Strategy):
       clock: Of a simulated fleet; None lets replies count as they come.
       pacing: When rounds close, by the clock.
       budget: How many levels of the codec each client has in each round.
+      topology: Who hears the clients' replies.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -249,6 +258,7 @@ class FedQ(Strategy):
         clock: Clock | None = None,
         pacing: Pacing | None = None,
         budget: Budget | None = None,
+        topology: Topology | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -273,6 +283,7 @@ class FedQ(Strategy):
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
         self.budget = budget or Fixed()
+        self.topology = topology or Star()
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
@@ -349,7 +360,18 @@ class FedQ(Strategy):
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
         current.messages = self.ask(nodes, current)
+        if isinstance(self.topology, Tree):
+            self._by_edge(self.topology, current)
         return current
+
+    def _by_edge(self, tree: Tree, current: _Round) -> None:
+        """Put the round's edges between its clients and the server."""
+        report, places = current.report, current.places
+        served = [tree.edge(places[node], len(places)) for node in current.asked]
+        requests = [records.unpack(message.content) for message in current.messages]
+        report.edge_downlink_bytes = tree.relayed(zip(served, requests, strict=True))
+        states = [self.state_layout.size] * len(self.variants)
+        current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
 
     def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
@@ -537,6 +559,8 @@ class FedQ(Strategy):
 
     def streams(self, current: _Round, capacity: int) -> tuple[Stream, list[Stream]]:
         """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
+        if current.edges is not None:
+            return current.edges.delta, list(current.edges.states)
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
@@ -561,6 +585,10 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
+        if current.edges is not None:
+            current.edges.forward()
+            report.edge_uplink_bytes = current.edges.uplink_bytes
+            report.edge_nmse = current.edges.nmse
         after = self._step(current, deltas, states, accepted)
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
@@ -985,6 +1013,7 @@ class _Round:
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
     timing: TimedGrid | None = None
     steps: Steps | None = None
+    edges: Edges | None = None
 
     def __post_init__(self) -> None:
         self.models[None] = self.whole

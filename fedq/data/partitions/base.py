@@ -59,7 +59,8 @@ class Shares(Parts):
 
     def __init__(self, rows: NDArray[np.integer[Any]], ends: Indices) -> None:
         narrow = not rows.size or rows.max() < 2**31
-        self._rows, self._ends = rows.astype(np.int32 if narrow else np.int64), ends
+        self._rows: NDArray[np.integer[Any]] = rows.astype(np.int32 if narrow else np.int64)
+        self._ends = ends
 
     @classmethod
     def of(cls, parts: Iterable[Indices]) -> Shares:
