@@ -320,7 +320,7 @@ class SimulatedSite:
     """
 
     data: Any
-    parts: Mapping[int, NDArray[np.int64]]
+    parts: Sequence[NDArray[np.int64]] | Mapping[int, NDArray[np.int64]]
     state_directory: Path
     models: int = 2
     simulated: ClassVar[bool] = True

@@ -32,6 +32,7 @@ CHOICES: dict[str, str] = {
     "fleet": "fleet",
     "pacing": "pacing",
     "budget": "budget",
+    "topology": "topology",
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
@@ -128,6 +129,7 @@ class Experiment:
     fleet: Any = field()
     pacing: Any = field()
     budget: Any = field()
+    topology: Any = field()
     engine: Any = field()
 
     def __post_init__(self) -> None:
@@ -193,6 +195,7 @@ class Experiment:
             )
         self.privacy.check(self)
         self._check_fleet()
+        self._check_topology()
         _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),
@@ -259,6 +262,34 @@ class Experiment:
         )
         if not self.budget.fixed:
             bits_of(self.codec)
+
+    def _check_topology(self) -> None:
+        """Refuse what needs single updates, or one answer to each, where edges sum them."""
+        if self.topology.flat:
+            return
+        topology = f"topology={self.topology.name}"
+        _check(
+            self.aggregator.name == "mean",
+            f"{topology} sums updates on their way, and the server sees none alone; it needs "
+            "aggregator=mean",
+            self.aggregator.name,
+        )
+        _check(
+            not (self.sealed or self.secure_aggregation.integers),
+            f"{topology} decodes replies before they reach the server's keys; it needs "
+            "sealed=false and secure_aggregation=none",
+            "sealed or masked updates",
+        )
+        _check(
+            self.privacy.name == "none",
+            f"{topology} has no account of noise and clipping on the way; it needs privacy=none",
+            self.privacy.name,
+        )
+        _check(
+            not self.pacing.asynchronous,
+            f"{topology} forwards once per round; it needs pacing=synchronous",
+            self.pacing.name,
+        )
 
     def _check_sums(self) -> None:
         """Refuse what does not go with sums of integers."""

@@ -46,6 +46,7 @@ GROUPS: dict[str, str] = {
     "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",
     "task": "fedq.tasks",
+    "topology": "fedq.topologies",
     "tracker": "fedq.trackers",
     "weight_quantizer": "fedq.quantization.weights",
 }

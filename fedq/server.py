@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedq import private_training, registry
 from fedq.asynchronous import Waiting
@@ -37,6 +37,7 @@ from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
+from fedq.topologies import Topology
 from fedq.trackers import tracking
 from fedq.training import Trainer, trainer_for
 
@@ -50,7 +51,12 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset(
+    {
+        *("privacy", "simulated_seconds", "joules", "joules_by_use"),
+        *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
+    }
+)
 
 
 def run(
@@ -59,7 +65,7 @@ def run(
     dataset: Dataset,
     directory: RunDirectory,
     *,
-    examples: Sequence[int] | None = None,
+    examples: ArrayLike | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -72,7 +78,7 @@ def run(
       experiment: What to run.
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
-      examples: Of simulated clients, by place; without them there is no simulated fleet.
+      examples: Of simulated clients, (clients,) by place; without them there is no simulated fleet.
       observer: Sees each round's record.
     """
     with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
@@ -113,7 +119,7 @@ class _Server:
         dataset: Dataset,
         directory: RunDirectory,
         observer: Observer,
-        examples: Sequence[int] | None = None,
+        examples: ArrayLike | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -180,9 +186,10 @@ class _Server:
             clock=self._clock(examples),
             pacing=experiment.pacing,
             budget=experiment.budget,
+            topology=self._topology(examples),
         )
 
-    def _clock(self, examples: Sequence[int] | None) -> Clock | None:
+    def _clock(self, examples: ArrayLike | None) -> Clock | None:
         """Return the clock of the experiment's fleet, None without a fleet."""
         fleet = self.experiment.fleet
         if not fleet.timed:
@@ -191,7 +198,17 @@ class _Server:
             raise ConfigError(f"fleet={fleet.name} is simulated; devices take fleet=none")
         macs = training_macs(self.trainer.model, self.dataset.input_shape)
         epochs = self.experiment.local_epochs
-        return Clock(fleet, self.experiment.seed, [macs * epochs * count for count in examples])
+        work = float(macs * epochs) * np.asarray(examples, np.float64)
+        return Clock(fleet, self.experiment.seed, work)
+
+    def _topology(self, examples: ArrayLike | None) -> Topology:
+        topology: Topology = self.experiment.topology
+        if not topology.flat and examples is None:
+            raise ConfigError(
+                f"topology={topology.name} is simulated; devices take topology=star, and an edge "
+                "of a real fleet is a server of its own"
+            )
+        return topology
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -406,9 +423,15 @@ def summarise(
         for key in ("simulated_seconds", "joules")
         if experiment.fleet.timed
     }
+    edges = {
+        key: sum(record.get(key, 0) for record in rounds)
+        for key in ("edge_uplink_bytes", "edge_downlink_bytes")
+        if not experiment.topology.flat
+    }
     return (
         {key: judged[key] for key in some if key in judged}
         | physics
+        | edges
         | {
             "name": experiment.name,
             "metric": metric.name,

@@ -29,6 +29,7 @@ from fedq.budgets.base import Budget, Candidate, History, bits_of
 from fedq.budgets.fixed import Fixed
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
+from fedq.cohort import Nodes, choose
 from fedq.downlink import Broadcasts, Downlink
 from fedq.engines.timed import TimedGrid
 from fedq.envelope import Opener
@@ -47,6 +48,9 @@ from fedq.privacy.none import NoPrivacy
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
+from fedq.topologies.base import Topology
+from fedq.topologies.star import Star
+from fedq.topologies.tree import Edges, Tree
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -112,7 +116,9 @@ class RoundReport:
     """What one round did. All sizes are lengths of bytes that crossed the grid.
 
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for.
+    ``joules`` what all its devices used, by what for. With edge aggregators, ``uplink_bytes`` and
+    ``downlink_bytes`` are between clients and edges, and those of ``edge`` between them and the
+    server; ``edge_nmse`` is what the second hop's encoding added to the mean.
     """
 
     round: int
@@ -133,6 +139,9 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    edge_uplink_bytes: int | None = None
+    edge_downlink_bytes: int | None = None
+    edge_nmse: float | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -211,6 +220,7 @@ class FedQ(Strategy):
       clock: Of a simulated fleet; None lets replies count as they come.
       pacing: When rounds close, by the clock.
       budget: How many levels of the codec each client has in each round.
+      topology: Who hears the clients' replies.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -248,6 +258,7 @@ class FedQ(Strategy):
         clock: Clock | None = None,
         pacing: Pacing | None = None,
         budget: Budget | None = None,
+        topology: Topology | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -272,10 +283,11 @@ class FedQ(Strategy):
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
         self.budget = budget or Fixed()
+        self.topology = topology or Star()
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
-        self._nodes: tuple[Collection[int], list[int], dict[int, int]] | None = None
+        self._nodes: tuple[Collection[int], Nodes] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -311,9 +323,9 @@ class FedQ(Strategy):
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
-        opened_s, away = self._opening(grid, before)
+        opened_s, there = self._opening(grid, before)
         steps = isinstance(self.pacing, FedBuff)  # which ask one by one, as replies arrive
-        nodes = [] if steps else self.sample(grid, report.round, watch.barred, away)
+        nodes = [] if steps else self.sample(grid, report.round, watch.barred, there)
         report.quarantined = len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
@@ -343,12 +355,23 @@ class FedQ(Strategy):
             weights=weights,
             opened_s=opened_s,
             expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
-            places=self._places(grid),
+            places=self.nodes(grid),
             start=start,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
         current.messages = self.ask(nodes, current)
+        if isinstance(self.topology, Tree):
+            self._by_edge(self.topology, current)
         return current
+
+    def _by_edge(self, tree: Tree, current: _Round) -> None:
+        """Put the round's edges between its clients and the server."""
+        report, places = current.report, current.places
+        served = [tree.edge(places[node], len(places)) for node in current.asked]
+        requests = [records.unpack(message.content) for message in current.messages]
+        report.edge_downlink_bytes = tree.relayed(zip(served, requests, strict=True))
+        states = [self.state_layout.size] * len(self.variants)
+        current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
 
     def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
@@ -390,17 +413,20 @@ class FedQ(Strategy):
             current.contents[key] = records.pack(blob)
         return current.contents[key]
 
-    def _opening(self, grid: Grid, before: ServerState) -> tuple[float, frozenset[int]]:
-        """Return when a round begins, and whom it cannot ask: it waits until somebody is there."""
-        if self.clock is None or self.clock.always or self.pacing.asynchronous:
-            return before.now_s, frozenset()
-        nodes, there = self.ordered(grid), self.clock.available
+    def _opening(
+        self, grid: Grid, before: ServerState
+    ) -> tuple[float, Callable[[int], bool] | None]:
+        """Return when a round begins, and which places it can ask: it waits for the first."""
+        clock = self.clock
+        if clock is None or clock.always or self.pacing.asynchronous:
+            return before.now_s, None
+        places = range(len(self.nodes(grid)))
 
         def anybody(now_s: float) -> bool:
-            return any(there(place, now_s) for place in range(len(nodes)))
+            return any(clock.available(place, now_s) for place in places)
 
-        opened_s = self.clock.opens(before.now_s, anybody)
-        return opened_s, frozenset(n for p, n in enumerate(nodes) if not there(p, opened_s))
+        opened_s = clock.opens(before.now_s, anybody)
+        return opened_s, lambda place: clock.available(place, opened_s)
 
     def _timed(self, grid: Grid, current: _Round) -> TimedGrid:
         assert self.clock is not None
@@ -422,15 +448,9 @@ class FedQ(Strategy):
     def _about(self, server_round: int, sampled: int) -> Round:
         return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
-    def _places(self, grid: Grid) -> Mapping[int, int]:
-        """Return the place of each connected node."""
-        self.ordered(grid)
-        assert self._nodes is not None
-        return self._nodes[2]
-
     def _claims(self, grid: Grid, before: ServerState) -> _Claims:
         """Return who is which client; a node that left frees its number."""
-        connected = self._places(grid)
+        connected = self.nodes(grid)
         return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
@@ -441,39 +461,33 @@ class FedQ(Strategy):
         grid: Grid,
         server_round: int,
         barred: Collection[int] = frozenset(),
-        away: Collection[int] = frozenset(),
+        there: Callable[[int], bool] | None = None,
     ) -> list[int]:
         """Return the nodes of a round's cohort: seeded, without replacement, none that is barred.
 
         Nodes are ordered by the time they registered, so that a simulated node's place is its
-        partition whatever identifiers the grid gives out. Nodes that are away cannot be asked, but
-        count where the cohort is a fraction.
+        partition whatever identifiers the grid gives out. Nodes that are not ``there``, by place,
+        cannot be asked, but count where the cohort is a fraction.
         """
-        nodes = self.ordered(grid)
-        if barred:
-            nodes = [node for node in nodes if node not in barred]
-            if not nodes:
-                raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
-        count = self.cohort(len(nodes))
+        nodes = self.nodes(grid)
+        free = len(nodes) - sum(node in nodes for node in barred)
+        if not free:
+            raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
+        count = self.cohort(free)
         if isinstance(self.pacing, Synchronous):
-            count = self.pacing.asked(count, of=len(nodes))
-        if away:
-            nodes = [node for node in nodes if node not in away]
-            count = min(count, len(nodes))
+            count = self.pacing.asked(count, of=free)
         rng = generator(derive(self.seed, server_round, "sample"))
-        chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
-        return [nodes[i] for i in sorted(chosen)]
+        return choose(nodes, count, rng, barred, there)
 
-    def ordered(self, grid: Grid) -> list[int]:
-        """Return the connected nodes in the order in which they registered."""
+    def nodes(self, grid: Grid) -> Nodes:
+        """Return the connected nodes and their places, in the order in which they registered."""
         ids = grid.get_node_ids()
         if not isinstance(ids, range):
             ids = frozenset(ids)
         if self._nodes is None or self._nodes[0] != ids:
-            infos = grid.get_nodes()
-            ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
-            nodes = [node.node_id for node in ordered]
-            self._nodes = (ids, nodes, {node: place for place, node in enumerate(nodes)})
+            # A range is in order; other nodes say when they registered.
+            nodes = Nodes(ids) if isinstance(ids, range) else Nodes.registered(grid.get_nodes())
+            self._nodes = ids, nodes
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
@@ -545,6 +559,8 @@ class FedQ(Strategy):
 
     def streams(self, current: _Round, capacity: int) -> tuple[Stream, list[Stream]]:
         """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
+        if current.edges is not None:
+            return current.edges.delta, list(current.edges.states)
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
@@ -569,6 +585,10 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
+        if current.edges is not None:
+            current.edges.forward()
+            report.edge_uplink_bytes = current.edges.uplink_bytes
+            report.edge_nmse = current.edges.nmse
         after = self._step(current, deltas, states, accepted)
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
@@ -993,6 +1013,7 @@ class _Round:
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
     timing: TimedGrid | None = None
     steps: Steps | None = None
+    edges: Edges | None = None
 
     def __post_init__(self) -> None:
         self.models[None] = self.whole
