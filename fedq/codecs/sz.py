@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedq.codecs import _integers
 from fedq.codecs._bits import packed_bytes
-from fedq.codecs._groups import floats_bytes, group_sizes, read_floats, starts, to_float32
+from fedq.codecs._groups import cuts, floats_bytes, group_sizes, read_floats, starts, to_float32
 from fedq.codecs._integers import Entropy
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError, DecodeError
@@ -133,11 +133,15 @@ class Sz(Codec):
         for (part, step, least, zero), bottom in zip(
             self._tensors(low, high, sizes), low, strict=True
         ):
-            q = residual[part].astype(np.int64) - self._top
-            q = zero + (np.cumsum(q) if name == "lorenzo" else q)
-            if q.size and not 0 <= q.min() <= q.max() <= (self._top if step else 0):
-                raise DecodeError("a level is out of its tensor's range")
-            y[part] = to_float32(np.asarray(q + least, np.float64) * step) if step else bottom
+            most, last = (self._top if step else 0), zero
+            for cut in cuts(part.stop - part.start):
+                where = slice(part.start + cut.start, part.start + cut.stop)
+                q = residual[where].astype(np.int64) - self._top
+                q = last + np.cumsum(q) if name == "lorenzo" else zero + q
+                if not 0 <= q.min() <= q.max() <= most:
+                    raise DecodeError("a level is out of its tensor's range")
+                last = q[-1]
+                y[where] = to_float32(np.multiply(q + least, step)) if step else bottom
         return y
 
     def _tensors(
