@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["codec.bits=99"], "1 to 16"),
         (["downlink=grid4", "downlink.bits=x"], "downlink.bits must be int"),
         (["downlink=nope"], "unknown downlink 'nope'"),
-        (["codec=top_k", "codec.inner=fp8"], "unknown codec 'fp8'; did you mean 'fp16'"),
+        (["codec=top_k", "codec.inner=fp17"], "unknown codec 'fp17'; did you mean 'fp16'"),
         (["codec.inner.bits=4"], "unknown option of codec=uniform 'inner'"),
         (["round=3"], "unknown option 'round'; did you mean 'rounds'"),
         (["rounds=three"], "rounds must be int"),
