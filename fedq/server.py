@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fedq import private_training, registry
 from fedq.asynchronous import Waiting
 from fedq.budgets.base import History
+from fedq.capacity import Capacities, width_for
 from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
@@ -50,7 +51,9 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset(
+    {"privacy", "simulated_seconds", "joules", "joules_by_use", "codecs", "widths"}
+)
 
 
 def run(
@@ -60,6 +63,7 @@ def run(
     directory: RunDirectory,
     *,
     examples: Sequence[int] | None = None,
+    capacities: Callable[[], Capacities] | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -73,6 +77,7 @@ def run(
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
       examples: Of simulated clients, by place; without them there is no simulated fleet.
+      capacities: Returns what real devices have measured of themselves, by node.
       observer: Sees each round's record.
     """
     with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
@@ -82,7 +87,7 @@ def run(
                 observer(record)
             track(record)
 
-        server = _Server(grid, experiment, dataset, directory, observe, examples)
+        server = _Server(grid, experiment, dataset, directory, observe, examples, capacities)
         state = server.resumed() if directory.has_checkpoint() else server.started()
         while state.round < experiment.rounds and not server.exhausted(state):
             state = server.next_round(state)
@@ -114,6 +119,7 @@ class _Server:
         directory: RunDirectory,
         observer: Observer,
         examples: Sequence[int] | None = None,
+        capacities: Callable[[], Capacities] | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -180,6 +186,8 @@ class _Server:
             clock=self._clock(examples),
             pacing=experiment.pacing,
             budget=experiment.budget,
+            capacities=capacities,
+            width=self._width(),
         )
 
     def _clock(self, examples: Sequence[int] | None) -> Clock | None:
@@ -192,6 +200,12 @@ class _Server:
         macs = training_macs(self.trainer.model, self.dataset.input_shape)
         epochs = self.experiment.local_epochs
         return Clock(fleet, self.experiment.seed, [macs * epochs * count for count in examples])
+
+    def _width(self) -> Callable[[float | None, float | None], int] | None:
+        """Return the rule that names clients' widths, None where they choose."""
+        if self.experiment.width_by == "number":
+            return None
+        return partial(width_for, self.experiment.quantization.widths)
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:

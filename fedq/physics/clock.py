@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from fedq.capacity import Capacities, Capacity
 from fedq.errors import FedqError
 from fedq.physics.fleets.base import Fleet, Member
 from fedq.physics.links.base import Transfer
@@ -115,10 +116,14 @@ class Clock:
         return self.fleet.members(len(self._macs), self._seed)
 
     @cached_property
-    def median_uplink_mbps(self) -> float:
-        """The median of the fleet's links; the upper one of two."""
-        rates = sorted(member.link.uplink_mbps for member in self.members)
-        return rates[len(rates) // 2]
+    def capacities(self) -> Capacities:
+        """What devices and links are made for, by place."""
+        return Capacities(
+            {
+                place: Capacity(member.link.uplink_mbps, member.device.training_macs_s)
+                for place, member in enumerate(self.members)
+            }
+        )
 
     @property
     def always(self) -> bool:
