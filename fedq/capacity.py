@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,10 +58,10 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def width_for(widths: Sequence[int], speed: float | None, median: float | None) -> int:
-    """Return the place of the weight width that suits a device.
+    """Return the place of the weight width that suits a device; the widest if nothing is known.
 
-    The widest one that is no larger a share of the widest of all than the device's speed is of the
-    median's; the narrowest if none is, the widest if the speed is not known.
+    It is the one nearest, in ratio, to the share of the widest that the device's speed is of the
+    median's: devices that are nearly alike are treated alike.
 
     Args:
       widths: Bits of weights; 0 is float.
@@ -68,11 +69,11 @@ def width_for(widths: Sequence[int], speed: float | None, median: float | None) 
       median: Of all devices, in the same unit.
 
     Example:
-      >>> [width_for([8, 4, 2], speed, 1.0) for speed in (3.0, 1.0, 0.6, 0.3, 0.1)]
+      >>> [width_for([8, 4, 2], speed, 1.0) for speed in (3.0, 0.8, 0.6, 0.3, 0.1)]
       [0, 0, 1, 2, 2]
     """
     bits = [width or FLOAT_BITS for width in widths]
     if speed is None or median is None:
         return bits.index(max(bits))
-    fit = [width for width in bits if width * median <= max(bits) * speed]
-    return bits.index(max(fit, default=min(bits)))
+    wanted = max(bits) * min(speed / median, 1.0)
+    return min(range(len(bits)), key=lambda place: abs(math.log(bits[place] / wanted)))

@@ -170,12 +170,9 @@ class _Node:
                 self.stopped.wait(3.0)
 
     def _arrive(self) -> None:
-        """Go on line, with a figure of the uplink if none is known; tried once."""
-        if self.profile.up_bytes_s is None:
-            with contextlib.suppress(
-                httpx.HTTPStatusError
-            ):  # what is wrong is said of what follows
-                self._learn(self.profile.sent(*self.link.measure()))
+        """Go on line, and tell how fast the uplink is; tried once."""
+        with contextlib.suppress(httpx.HTTPStatusError):  # what follows says what is wrong
+            self._learn(self.profile.sent(*self.link.measure()))
         self._join()
 
     def _join(self) -> None:

@@ -29,7 +29,7 @@ from fedq.fleet.profile import LEAST_SENT_BYTES
 LOG = logging.getLogger("fedq")
 T = TypeVar("T")
 CONNECT_S = 15.0
-#: What a device sends, once in its life, to know its uplink before the first update.
+#: What a device sends at its start, to know its uplink before the first update.
 PROBE_BYTES = LEAST_SENT_BYTES
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
 #: What the server accepts of a clock; see Flower's node authentication.

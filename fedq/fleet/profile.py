@@ -1,7 +1,7 @@
 """What a device has learnt of itself at work: how fast it trains, and how fast its link sends.
 
-Measured on what was done anyway, but for the first figure of the uplink, and kept on disk: written
-when a figure has changed by a quarter, or decides otherwise, which is seldom.
+Measured on what was done anyway, and the uplink once more at each start. Kept on disk: written when
+a figure has changed by a quarter, or decides otherwise, which is seldom.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fedq.fleet.files import write_json
 #: A piece of an update takes about so long: what a failure costs, and no timeout sees.
 PIECE_S = 10.0
 LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 16 << 10, 1 << 20
-#: Less tells of latency, not of speed, unless it took long.
-LEAST_SENT_BYTES, LONG_S = 16 << 10, 1.0
+#: Less tells of latency, not of speed.
+LEAST_SENT_BYTES = 16 << 10
 CHANGE = 1.25
 
 
@@ -52,7 +52,7 @@ class Profile:
 
     def sent(self, size_bytes: int, seconds: float) -> Self:
         """Return the profile after an update was sent."""
-        if seconds <= 0 or (size_bytes < LEAST_SENT_BYTES and seconds < LONG_S):
+        if size_bytes < LEAST_SENT_BYTES or seconds <= 0:
             return self
         return replace(self, up_bytes_s=_digits(size_bytes / seconds))
 
