@@ -457,13 +457,13 @@ class Client:
         # and to compare bytes costs less than to hash them.
         for request in self._requests:
             if request.blob == blob:
-                variant = self._variant(request.variants, context)
+                variant = self._variant(request.variants, context, request.task.metadata)
                 if variant == request.task.variant:
                     return request
         envelope = wire.unseal(blob)
         chosen = registry.from_config("quantization", envelope.metadata.get("quantization"))
         variants = chosen.variants
-        variant = self._variant(variants, context)
+        variant = self._variant(variants, context, envelope.metadata)
         trainer = self._trainer_for(envelope.metadata, variant)
         task = Task._of(
             message,
@@ -494,11 +494,17 @@ class Client:
             self._trainers[key, variant] = trainer_for(**spec, seed=0, variant=variant)
         return self._trainers[key, variant]
 
-    def _variant(self, variants: Sequence[str], context: Context) -> int:
-        """Return which of the kinds of clients this one is: what its device says, or by number."""
-        said = context.node_config.get(WIDTH_KEY)
+    def _variant(
+        self, variants: Sequence[str], context: Context, metadata: Mapping[str, Any]
+    ) -> int:
+        """Return which kind of client this is: its device says, or the request, or its number."""
+        said, asked = context.node_config.get(WIDTH_KEY), metadata.get("width")
         if said is None or len(variants) == 1:
-            return self.site.identity(context) % len(variants)
+            if asked is None:
+                return self.site.identity(context) % len(variants)
+            if asked not in variants:
+                raise ConfigError(f"the request names a width that is not there: {asked!r}")
+            return variants.index(asked)
         name = "float" if str(said) == "0" else f"w{said}"
         if name not in variants:
             raise ConfigError(

@@ -77,6 +77,8 @@ class Experiment:
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
       resume: Run directory to continue.
+      width_by: What decides which of ``quantization.widths`` a client has: its number, or how fast
+        its device trains beside the fleet's median.
       sealed: Whether the server signs its requests, and clients sign and encrypt their replies.
       keys: The server's directory of keys (see ``fedq keys``); ``None`` simulates keys, too.
       plugins: Python files of the user's own registered objects; never taken from a peer.
@@ -110,6 +112,7 @@ class Experiment:
     baseline: bool
     run_dir: str | None
     resume: str | None
+    width_by: typing.Literal["number", "speed"]
     sealed: bool
     keys: str | None
     plugins: tuple[str, ...]
@@ -197,6 +200,11 @@ class Experiment:
         self._check_fleet()
         self._check_topology()
         _check(
+            self.width_by == "number" or len(self.quantization.variants) > 1,
+            "width_by=speed chooses among quantization.widths: give two or more",
+            list(self.quantization.variants),
+        )
+        _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),
             "sealed=true and secure_aggregation need clients of one kind; quantization.widths must "
@@ -254,11 +262,6 @@ class Experiment:
             "secure_aggregation=none, attack=none and a privacy mechanism that leaves the codec's "
             "payloads",
             self.budget.name,
-        )
-        _check(
-            self.fleet.timed or not self.budget.links,
-            f"budget={self.budget.name} looks at links: choose a fleet, such as fleet=pi_shelf",
-            f"fleet={self.fleet.name}",
         )
         if not self.budget.fixed:
             bits_of(self.codec)

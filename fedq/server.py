@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedq import private_training, registry
 from fedq.asynchronous import Waiting
 from fedq.budgets.base import History
+from fedq.capacity import Capacities, width_for
 from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
 from fedq.downlink import Broadcasts
@@ -55,6 +56,7 @@ OPTIONAL = frozenset(
     {
         *("privacy", "simulated_seconds", "joules", "joules_by_use"),
         *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
+        *("codecs", "widths"),
     }
 )
 
@@ -66,6 +68,7 @@ def run(
     directory: RunDirectory,
     *,
     examples: ArrayLike | None = None,
+    capacities: Callable[[], Capacities] | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -79,6 +82,7 @@ def run(
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
       examples: Of simulated clients, (clients,) by place; without them there is no simulated fleet.
+      capacities: Returns what real devices have measured of themselves, by node.
       observer: Sees each round's record.
     """
     with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
@@ -88,7 +92,7 @@ def run(
                 observer(record)
             track(record)
 
-        server = _Server(grid, experiment, dataset, directory, observe, examples)
+        server = _Server(grid, experiment, dataset, directory, observe, examples, capacities)
         state = server.resumed() if directory.has_checkpoint() else server.started()
         while state.round < experiment.rounds and not server.exhausted(state):
             state = server.next_round(state)
@@ -120,6 +124,7 @@ class _Server:
         directory: RunDirectory,
         observer: Observer,
         examples: ArrayLike | None = None,
+        capacities: Callable[[], Capacities] | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -187,6 +192,8 @@ class _Server:
             pacing=experiment.pacing,
             budget=experiment.budget,
             topology=self._topology(examples),
+            capacities=capacities,
+            width=self._width(),
         )
 
     def _clock(self, examples: ArrayLike | None) -> Clock | None:
@@ -209,6 +216,12 @@ class _Server:
                 "of a real fleet is a server of its own"
             )
         return topology
+
+    def _width(self) -> Callable[[float | None, float | None], int] | None:
+        """Return the rule that names clients' widths, None where they choose."""
+        if self.experiment.width_by == "number":
+            return None
+        return partial(width_for, self.experiment.quantization.widths)
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:

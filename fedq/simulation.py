@@ -24,6 +24,7 @@ from fedq.errors import ConfigError
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
+from fedq.strategy import NO_DEVICES
 
 # isort: split
 from flwr.app import Context
@@ -158,6 +159,8 @@ def run_experiment(
     """
     if experiment.keys is not None:
         raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
+    if not experiment.fleet.timed and (experiment.budget.links or experiment.width_by == "speed"):
+        raise ConfigError(NO_DEVICES)
     dataset = load(experiment.data)
     experiment = anchored(experiment)
     parts = partition(experiment, dataset) if parts is None else Shares.of(parts)

@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from logging import INFO, WARNING
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from fedq.aggregators.mean import Mean
 from fedq.asynchronous import Asked, Steps, Waiting
 from fedq.budgets.base import Budget, Candidate, History, bits_of
 from fedq.budgets.fixed import Fixed
+from fedq.capacity import Capacities, Capacity
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.cohort import Nodes, choose
@@ -67,6 +68,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+NO_DEVICES = (
+    "budget=link_aware and width_by=speed look at devices: simulate some with fleet=, such as "
+    "fleet=pi_shelf, or have real ones with fedq fleet"
+)
 #: A round without a quorum changes nothing; after this many in a row the run stops.
 PATIENCE = 3
 MAX_REASONS = 3
@@ -118,7 +123,8 @@ class RoundReport:
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
     ``joules`` what all its devices used, by what for. With edge aggregators, ``uplink_bytes`` and
     ``downlink_bytes`` are between clients and edges, and those of ``edge`` between them and the
-    server; ``edge_nmse`` is what the second hop's encoding added to the mean.
+    server; ``edge_nmse`` is what the second hop's encoding added to the mean. ``codecs`` and
+    ``widths`` count the clients that were asked for each, where those differ by client.
     """
 
     round: int
@@ -142,6 +148,13 @@ class RoundReport:
     edge_uplink_bytes: int | None = None
     edge_downlink_bytes: int | None = None
     edge_nmse: float | None = None
+    codecs: dict[str, int] | None = None
+    widths: dict[str, int] | None = None
+
+    def count(self, what: Literal["codecs", "widths"], choice: str) -> None:
+        """Count a client that was asked for a codec, or for a width, of its own."""
+        counts = getattr(self, what) or {}
+        setattr(self, what, {**counts, choice: counts.get(choice, 0) + 1})
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -221,6 +234,8 @@ class FedQ(Strategy):
       pacing: When rounds close, by the clock.
       budget: How many levels of the codec each client has in each round.
       topology: Who hears the clients' replies.
+      capacities: Returns what is known of the nodes' devices now; a clock knows that itself.
+      width: Returns the variant for a device's speed and the median's; without it, nodes choose.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -259,6 +274,8 @@ class FedQ(Strategy):
         pacing: Pacing | None = None,
         budget: Budget | None = None,
         topology: Topology | None = None,
+        capacities: Callable[[], Capacities] | None = None,
+        width: Callable[[float | None, float | None], int] | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -282,8 +299,15 @@ class FedQ(Strategy):
         self.trusted = trusted
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
-        self.budget = budget or Fixed()
         self.topology = topology or Star()
+        self.budget, self.width = budget or Fixed(), width
+        self.capacities: Callable[[], Capacities] = Capacities
+        if self.budget.links or width:
+            if capacities is None:
+                if clock is None:
+                    raise ConfigError(NO_DEVICES)
+                capacities = partial(getattr, clock, "capacities")
+            self.capacities = capacities
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
@@ -356,6 +380,7 @@ class FedQ(Strategy):
             opened_s=opened_s,
             expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
             places=self.nodes(grid),
+            capacities=self.capacities(),
             start=start,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
@@ -381,15 +406,28 @@ class FedQ(Strategy):
 
     def _candidate(self, node: int, current: _Round) -> Candidate:
         examples = current.before.history.examples.get(node)
-        if self.clock is None:
-            return Candidate(examples)
-        uplink_mbps = self.clock.members[current.places[node]].link.uplink_mbps
-        return Candidate(examples, uplink_mbps, self.clock.median_uplink_mbps)
+        uplink_mbps = self._capacity(node, current).uplink_mbps
+        return Candidate(examples, uplink_mbps, current.capacities.median.uplink_mbps)
+
+    def _capacity(self, node: int, current: _Round) -> Capacity:
+        return current.capacities[node if self.clock is None else current.places[node]]
+
+    def _width(self, node: int, current: _Round) -> str | None:
+        """Return the width that a node is asked to train in; None leaves that to the node."""
+        if self.width is None:
+            return None
+        speed, median = self._capacity(node, current).speed, current.capacities.median.speed
+        return self.variants[self.width(speed, median)]
 
     def _ask(self, node: int, codec: Codec, current: _Round) -> Message:
         """Return a node's request: the model whole, or as changes if those are shorter."""
         report, base = current.report, self.downlink.base(node, current.before.broadcasts)
-        content, whole = (self._content(current, b, codec) for b in (base, None))
+        width = self._width(node, current)
+        if not self.budget.fixed:
+            report.count("codecs", registry.describe(codec))
+        if width is not None:
+            report.count("widths", width)
+        content, whole = (self._content(current, b, codec, width) for b in (base, None))
         if len(records.unpack(content)) > len(records.unpack(whole)):
             content = whole
         elif self.uplink_context and base is not None:
@@ -400,16 +438,18 @@ class FedQ(Strategy):
         report.float32_downlink_bytes += current.float32_bytes
         return Message(content, node, MessageType.TRAIN, group_id=str(report.round))
 
-    def _content(self, current: _Round, base: int | None, codec: Codec) -> RecordDict:
+    def _content(
+        self, current: _Round, base: int | None, codec: Codec, width: str | None
+    ) -> RecordDict:
         """Return a request's content: made once for all clients that have the same."""
         if base not in current.models:
             before, seed = current.before, derive(self.seed, current.report.round, "downlink")
             assert base is not None
             changes = self.downlink.changes(current.weights, seed, before.broadcasts, base)
             current.models[base] = changes
-        key = base, codec
+        key = base, codec, width
         if key not in current.contents:
-            blob = self._blob(current, current.models[base], codec, base)
+            blob = self._blob(current, current.models[base], codec, base, width)
             current.contents[key] = records.pack(blob)
         return current.contents[key]
 
@@ -506,10 +546,19 @@ class FedQ(Strategy):
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(self, current: _Round, model: bytes, codec: Codec, base: int | None = None) -> bytes:
+    def _blob(
+        self,
+        current: _Round,
+        model: bytes,
+        codec: Codec,
+        base: int | None = None,
+        width: str | None = None,
+    ) -> bytes:
         metadata = dict(current.request)
         if codec is not self.codec:
             metadata["codec"] = registry.to_config(codec)
+        if width is not None:
+            metadata["width"] = width
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -1004,12 +1053,13 @@ class _Round:
     opened_s: float  #: simulated seconds since the run began
     expected: int  #: updates, of which a quorum must be usable
     places: Mapping[int, int]  #: by node, in the order of registration
+    capacities: Capacities  #: by place if there is a clock, else by node
     start: float
     float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
     asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
     models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
-    contents: dict[tuple[int | None, Codec], RecordDict] = field(default_factory=dict)
+    contents: dict[tuple[int | None, Codec, str | None], RecordDict] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
     timing: TimedGrid | None = None
     steps: Steps | None = None

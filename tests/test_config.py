@@ -56,7 +56,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["fleet=pi_shelf", "pacing=fedbuff", "sealed=true"], "needs sealed=false"),
         (["fleet=pi_shelf", "pacing=fedbuff", "attack=alie"], "attack sees a whole cohort"),
         (["fleet=mixed_iot", "privacy=gaussian", "privacy.noise_multiplier=1"], "must be always"),
-        (["budget=link_aware"], "looks at links: choose a fleet"),
+        (["width_by=speed"], "chooses among quantization.widths"),
         (["budget=dadaquant", "codec=sign"], "needs a codec with bits or levels"),
         (["budget=dadaquant", "attack=alie"], "names a codec to each client"),
         (["aggregator=bulyan", "aggregator.f=0.3"], "n >= 4 f + 3"),

@@ -14,7 +14,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import yaml
 
 from fedq import available, build, codecs, config, registry
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedq.capacity import Capacities, Capacity
 from fedq.errors import FedqError
 from fedq.physics.fleets.base import Fleet, Member
 from fedq.physics.links.base import Transfer
@@ -118,10 +119,14 @@ class Clock:
         return self.fleet.members(len(self._macs), self._seed)
 
     @cached_property
-    def median_uplink_mbps(self) -> float:
-        """The median of the fleet's links; the upper one of two."""
-        rates = np.sort([member.link.uplink_mbps for member in self.members])
-        return float(rates[len(rates) // 2])
+    def capacities(self) -> Capacities:
+        """What devices and links are made for, by place."""
+        return Capacities(
+            {
+                place: Capacity(member.link.uplink_mbps, member.device.training_macs_s)
+                for place, member in enumerate(self.members)
+            }
+        )
 
     @property
     def always(self) -> bool:
