@@ -21,6 +21,7 @@ CHOICES: dict[str, str] = {
     "data": "data",
     "partition": "partition",
     "quantization": "quantization",
+    "pruning": "pruning",
     "codec": "codec",
     "downlink": "codec",
     "aggregator": "aggregator",
@@ -116,6 +117,7 @@ class Experiment:
     data: Any = field()
     partition: Any = field()
     quantization: Any = field()
+    pruning: Any = field()
     codec: Any = field()
     downlink: Any = field()
     aggregator: Any = field()
@@ -192,6 +194,8 @@ class Experiment:
             )
         self.privacy.check(self)
         self._check_fleet()
+        if self.pruning.active:
+            self._check_pruning()
         _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),
@@ -258,6 +262,24 @@ class Experiment:
         )
         if not self.budget.fixed:
             bits_of(self.codec)
+
+    def _check_pruning(self) -> None:
+        """Refuse what does not go with a mask that changes from round to round."""
+        pruning = f"pruning={self.pruning.name}"
+        _check(
+            self.quantization.has_zero,
+            f"{pruning} needs weights that can be zero on the device; quantization.weights must be "
+            "a scheme with a zero, such as linear or lsq",
+            registry.describe(self.quantization),
+        )
+        _check(
+            self.attack.fraction == 0
+            and self.privacy.unit is None
+            and not self.pacing.asynchronous,
+            f"{pruning} sends what is left of a model, by the round's mask: it needs attack=none, "
+            "privacy=none and a pacing whose clients train one round's model",
+            f"{self.attack.name}, {self.privacy.name} and {self.pacing.name}",
+        )
 
     def _check_sums(self) -> None:
         """Refuse what does not go with sums of integers."""

@@ -42,6 +42,7 @@ GROUPS: dict[str, str] = {
     "pacing": "fedq.pacing",
     "partition": "fedq.data.partitions",
     "privacy": "fedq.privacy",
+    "pruning": "fedq.pruning",
     "quantization": "fedq.quantization",
     "secure_aggregation": "fedq.secagg",
     "server_optimizer": "fedq.optimizers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -28,6 +29,7 @@ from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.metrics import metric_of
 from fedq.models.cost import training_macs
+from fedq.models.structure import without_empty_channels
 from fedq.physics.clock import Clock
 from fedq.privacy.base import PrivacyState
 from fedq.quantization.footprint import footprint
@@ -50,7 +52,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use", "sparsity"})
 
 
 def run(
@@ -180,6 +182,8 @@ class _Server:
             clock=self._clock(examples),
             pacing=experiment.pacing,
             budget=experiment.budget,
+            pruning=experiment.pruning,
+            structure=self.trainer.structure if experiment.pruning.active else None,
         )
 
     def _clock(self, examples: Sequence[int] | None) -> Clock | None:
@@ -357,7 +361,11 @@ class _Server:
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
-        summary |= footprint(self.trainer.model)
+        deployed = self.trainer.model
+        if self.experiment.pruning.active:
+            deployed = copy.deepcopy(deployed)
+            summary["removed_channels"] = sum(without_empty_channels(deployed).values())
+        summary |= footprint(deployed)
         summary |= self.strategy.statement(state)
         summary |= self.dataset.references
         if state.round < self.experiment.rounds:
@@ -400,7 +408,7 @@ def summarise(
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
+    some = (f"{metric.name}_by_width", "sparsity", "attack_success", "float_attack_success")
     physics = {
         key: math.fsum(record.get(key, 0.0) for record in rounds)
         for key in ("simulated_seconds", "joules")

@@ -44,6 +44,8 @@ from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
+from fedq.pruning.base import Pruning, Structure, Support
+from fedq.pruning.none import NoPruning
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
@@ -133,6 +135,7 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    sparsity: float | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -211,6 +214,8 @@ class FedQ(Strategy):
       clock: Of a simulated fleet; None lets replies count as they come.
       pacing: When rounds close, by the clock.
       budget: How many levels of the codec each client has in each round.
+      pruning: What of the model is trained.
+      structure: What of it may be pruned.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -248,6 +253,8 @@ class FedQ(Strategy):
         clock: Clock | None = None,
         pacing: Pacing | None = None,
         budget: Budget | None = None,
+        pruning: Pruning | None = None,
+        structure: Structure | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -272,6 +279,7 @@ class FedQ(Strategy):
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
         self.budget = budget or Fixed()
+        self.pruning, self.structure = pruning or NoPruning(), structure or Structure()
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
@@ -323,6 +331,7 @@ class FedQ(Strategy):
         whole = self.downlink.whole(weights, seed)
         context = _Context(self.downlink, before.broadcasts, whole)
         request, openers = {**self.request(before), **asked}, None
+        support = self._support(context, report)
         if self.sealing is not None:
             request = self.sealing.announced(request, len(nodes), context.model, before.state)
             openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
@@ -345,10 +354,19 @@ class FedQ(Strategy):
             expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
             places=self._places(grid),
             start=start,
+            support=support,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
         current.messages = self.ask(nodes, current)
         return current
+
+    def _support(self, context: _Context, report: RoundReport) -> Support | None:
+        """Return what of the model is trained: a function of the model as clients decode it."""
+        if not self.pruning.active:
+            return None
+        support = self.pruning.support(self.layout, self.structure, context.model, report.round)
+        report.sparsity = 0.0 if support is None else support.sparsity
+        return support
 
     def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
@@ -485,8 +503,10 @@ class FedQ(Strategy):
 
     def request(self, before: ServerState) -> dict[str, Any]:
         """Return what every client of a round is told beside the model."""
+        pruning = {"pruning": registry.to_config(self.pruning)} if self.pruning.active else {}
         return {
             **self.task,
+            **pruning,
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
@@ -637,6 +657,8 @@ class FedQ(Strategy):
                 f"round {report.round} cannot be applied ({error}); "
                 "lower learning_rate or the server optimiser's rate"
             ) from error
+        if current.support is not None:
+            weights = current.support.masked(weights)
         return ServerState(report.round, weights, state, optimizer, privacy=private)
 
     def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
@@ -748,6 +770,8 @@ class FedQ(Strategy):
         if current.privacy.asks_within != isinstance(within, bool):
             raise DecodeError(f"says {within!r} of its clipping")
         beside = current.context.claim(node, metadata.get("context"))
+        if beside is not None and current.support is not None:
+            beside = current.support.gather(beside)
         delta: wire.Frame | bytes | memoryview = message.parts[0]
         if current.privacy.integers:
             client = current.claims.claim(node, metadata.get("client"))
@@ -772,7 +796,10 @@ class FedQ(Strategy):
         self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
     ) -> tuple[wire.Frame, int]:
         """Return a codec's frame, and the number of the client whose seed it has."""
-        frame, asked = wire.open_frame(message.parts[0], self.layout, beside), current.asked[node]
+        layout, asked = self.layout, current.asked[node]
+        if current.support is not None:
+            layout = current.support.layout
+        frame = wire.open_frame(message.parts[0], layout, beside)
         if frame.codec != asked.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {asked.codec} was asked for")
         client = current.claims.claim(node, message.metadata.get("client"))
@@ -786,7 +813,7 @@ class FedQ(Strategy):
         delta: NDArray[Any]
         try:
             if isinstance(update.delta, wire.Frame):
-                delta = privacy.received(decode_frame(update.delta, self.layout, update.beside))
+                delta = privacy.received(self._decoded(update.delta, update.beside, current))
             else:
                 delta = privacy.unpack(update.delta, current.about)
             state = Identity().decode(update.state, self.state_layout)
@@ -796,6 +823,11 @@ class FedQ(Strategy):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         return delta, state
+
+    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: _Round) -> Vector:
+        if (support := current.support) is None:
+            return decode_frame(frame, self.layout, beside)
+        return support.scatter(decode_frame(frame, support.layout, beside))
 
     # --- a privacy budget --------------------------------------------------------------------
 
@@ -985,6 +1017,7 @@ class _Round:
     expected: int  #: updates, of which a quorum must be usable
     places: Mapping[int, int]  #: by node, in the order of registration
     start: float
+    support: Support | None = None  #: what of the model is trained
     float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
     asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from fedq.adversarial import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
+from fedq.models.structure import structure
+from fedq.pruning.base import Structure, Support
 from fedq.quantization.base import float_twin as computing_in_float
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
@@ -153,6 +156,12 @@ class Trainer:
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self._smallest_batch = 2 if normalised else 1
         self._distillation = float(getattr(model, "distillation", 0.0))
+        self._kept: Tensor | None = None
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What of the network may be pruned."""
+        return structure(self.model)
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
         """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
@@ -170,8 +179,14 @@ class Trainer:
                 raise ConfigError(f"{name} must have shape {own.shape}, not {vector.shape}")
         np.copyto(self._weights_array, weights)
         np.copyto(self._state_array, state)
+        self._kept = None
         for counter, start in self._counters:
             counter.copy_(start)
+
+    def prune(self, support: Support) -> None:
+        """Set all other weights to zero, and let them stay zero until others are loaded."""
+        self._kept = torch.from_numpy(support.kept.astype(np.float32))
+        self._weights.mul_(self._kept)
 
     def local(self) -> Vector:
         """Return a copy of what the client keeps for itself, in the order of its layout."""
@@ -258,6 +273,8 @@ class Trainer:
                         batch_loss = batch_loss.lerp(divergence, self._distillation)
                         done += len(truths)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
+                    if self._kept is not None:
+                        self._gradient.mul_(self._kept)
                     for step in steps_of:
                         step()
                     total += batch_loss.item() * len(truths)
