@@ -22,10 +22,12 @@ CHOICES: dict[str, str] = {
     "partition": "partition",
     "quantization": "quantization",
     "pruning": "pruning",
+    "read_out": "read_out",
     "codec": "codec",
     "downlink": "codec",
     "aggregator": "aggregator",
     "server_optimizer": "server_optimizer",
+    "server_distillation": "server_distillation",
     "guard": "guard",
     "attack": "attack",
     "privacy": "privacy",
@@ -118,10 +120,12 @@ class Experiment:
     partition: Any = field()
     quantization: Any = field()
     pruning: Any = field()
+    read_out: Any = field()
     codec: Any = field()
     downlink: Any = field()
     aggregator: Any = field()
     server_optimizer: Any = field()
+    server_distillation: Any = field()
     guard: Any = field()
     attack: Any = field()
     privacy: Any = field()
@@ -196,6 +200,17 @@ class Experiment:
         self._check_fleet()
         if self.pruning.active:
             self._check_pruning()
+        _check(
+            self.server_distillation.examples == 0
+            or not (
+                self.secure_aggregation.integers
+                or self.privacy.unit is not None
+                or self.pacing.asynchronous
+            ),
+            f"server_distillation={self.server_distillation.name} asks each client's model of a "
+            "round; it needs privacy=none, secure_aggregation=none and a synchronous pacing",
+            f"{self.privacy.name}, {self.secure_aggregation.name} and {self.pacing.name}",
+        )
         _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),

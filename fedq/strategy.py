@@ -29,6 +29,7 @@ from fedq.budgets.base import Budget, Candidate, History, bits_of
 from fedq.budgets.fixed import Fixed
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
+from fedq.distillation import Member
 from fedq.downlink import Broadcasts, Downlink
 from fedq.engines.timed import TimedGrid
 from fedq.envelope import Opener
@@ -161,6 +162,15 @@ class Update:
     discount: float = 1.0  #: times the delta, for its age
 
 
+class Refine(Protocol):
+    """What is done to a round's result with the clients' own models."""
+
+    def __call__(
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: _Round
+    ) -> tuple[Vector, Vector]:
+        """Return the weights, and the states of all variants."""
+
+
 class Sums(Protocol):
     """How a round runs in which clients send sums of integers in place of payloads."""
 
@@ -216,6 +226,7 @@ class FedQ(Strategy):
       budget: How many levels of the codec each client has in each round.
       pruning: What of the model is trained.
       structure: What of it may be pruned.
+      refine: What is done to a round's weights and states with the clients' own models.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -255,6 +266,7 @@ class FedQ(Strategy):
         budget: Budget | None = None,
         pruning: Pruning | None = None,
         structure: Structure | None = None,
+        refine: Refine | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -280,6 +292,7 @@ class FedQ(Strategy):
         self.clock, self.pacing = clock, pacing or Synchronous()
         self.budget = budget or Fixed()
         self.pruning, self.structure = pruning or NoPruning(), structure or Structure()
+        self.refine = refine
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
@@ -543,6 +556,8 @@ class FedQ(Strategy):
                 return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
+                if self.refine is not None:
+                    current.members[update.slot] = (update.variant, delta, state)
                 state = self.merger.summand(state)
                 weight = update.weight * update.discount
                 states[update.variant].add(state, weight, update.slot)
@@ -659,6 +674,8 @@ class FedQ(Strategy):
             ) from error
         if current.support is not None:
             weights = current.support.masked(weights)
+        if self.refine is not None:
+            weights, state = self.refine(current.ensemble(), weights, state, current)
         return ServerState(report.round, weights, state, optimizer, privacy=private)
 
     def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
@@ -1024,11 +1041,23 @@ class _Round:
     models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
     contents: dict[tuple[int | None, Codec], RecordDict] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
+    #: By place, variant, delta and state of accepted updates, if they are still needed.
+    members: dict[int, tuple[int, Vector, Vector]] = field(default_factory=dict)
     timing: TimedGrid | None = None
     steps: Steps | None = None
 
     def __post_init__(self) -> None:
         self.models[None] = self.whole
+
+    def ensemble(self) -> list[Member]:
+        """Return the clients' models, in the order of the cohort."""
+        sent = (
+            self.context.model if self.support is None else self.support.masked(self.context.model)
+        )
+        return [
+            Member(variant, sent + delta, state)
+            for _, (variant, delta, state) in sorted(self.members.items())
+        ]
 
     def answer(self, reply: Message) -> tuple[int, int | None]:
         """Take a node off the waiting list; its place is None if it was not on it."""
