@@ -18,6 +18,7 @@ from fedq import config, registry
 from fedq.errors import ConfigError
 from fedq.layout import Layout
 from fedq.models import create
+from fedq.models.low_rank import factorise
 from fedq.models.structure import structure, without_empty_channels
 from fedq.pruning import Group, Structure
 from fedq.pruning.magnitude import Magnitude
@@ -188,3 +189,29 @@ def test_every_pruning_has_examples_that_build(name: str) -> None:
     for options in registry.lookup("pruning", name).examples:  # type: ignore[attr-defined]
         pruning = registry.build("pruning", name, **options)
         assert registry.from_config("pruning", registry.to_config(pruning)) == pruning
+
+
+# --- factors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "shape"), ZOO)
+def test_every_model_can_be_factored_quantized_and_converted(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    from fedq.export._convert import convert
+
+    network = create(fedq.build("model", name), shape, 4).eval()
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    with torch.no_grad():
+        for layer in layers[1:-1]:  # of rank 2, which the factors keep whole
+            u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            layer.weight.copy_((u[:, :2] * s[:2] @ v[:2]).reshape(layer.weight.shape))
+        before = network(x)
+        size = sum(p.numel() for p in network.parameters())
+        factorise(network, energy=1 - 1e-9)
+        torch.testing.assert_close(network(x), before, rtol=1e-3, atol=1e-4)
+    assert sum(p.numel() for p in network.parameters()) < size or len(layers) < 3
+    prepared = fedq.build("quantization", "uniform").prepare(network)
+    prepared.train()(x)
+    assert len(convert(prepared.eval(), shape).operators) >= len(layers)
