@@ -21,10 +21,13 @@ CHOICES: dict[str, str] = {
     "data": "data",
     "partition": "partition",
     "quantization": "quantization",
+    "pruning": "pruning",
+    "read_out": "read_out",
     "codec": "codec",
     "downlink": "codec",
     "aggregator": "aggregator",
     "server_optimizer": "server_optimizer",
+    "server_distillation": "server_distillation",
     "guard": "guard",
     "attack": "attack",
     "privacy": "privacy",
@@ -121,10 +124,13 @@ class Experiment:
     data: Any = field()
     partition: Any = field()
     quantization: Any = field()
+    pruning: Any = field()
+    read_out: Any = field()
     codec: Any = field()
     downlink: Any = field()
     aggregator: Any = field()
     server_optimizer: Any = field()
+    server_distillation: Any = field()
     guard: Any = field()
     attack: Any = field()
     privacy: Any = field()
@@ -203,6 +209,19 @@ class Experiment:
             self.width_by == "number" or len(self.quantization.variants) > 1,
             "width_by=speed chooses among quantization.widths: give two or more",
             list(self.quantization.variants),
+        )
+        if self.pruning.active:
+            self._check_pruning()
+        _check(
+            self.server_distillation.examples == 0
+            or not (
+                self.secure_aggregation.integers
+                or self.privacy.unit is not None
+                or self.pacing.asynchronous
+            ),
+            f"server_distillation={self.server_distillation.name} asks each client's model of a "
+            "round; it needs privacy=none, secure_aggregation=none and a synchronous pacing",
+            f"{self.privacy.name}, {self.secure_aggregation.name} and {self.pacing.name}",
         )
         _check(
             len(self.quantization.variants) == 1
@@ -292,6 +311,30 @@ class Experiment:
             not self.pacing.asynchronous,
             f"{topology} forwards once per round; it needs pacing=synchronous",
             self.pacing.name,
+        )
+        _check(
+            not self.pruning.active and self.server_distillation.examples == 0,
+            f"{topology} sums whole updates and keeps none; it needs pruning=none and "
+            "server_distillation=none",
+            f"{self.pruning.name} and {self.server_distillation.name}",
+        )
+
+    def _check_pruning(self) -> None:
+        """Refuse what does not go with a mask that changes from round to round."""
+        pruning = f"pruning={self.pruning.name}"
+        _check(
+            self.quantization.has_zero,
+            f"{pruning} needs weights that can be zero on the device; quantization.weights must be "
+            "a scheme with a zero, such as linear or lsq",
+            registry.describe(self.quantization),
+        )
+        _check(
+            self.attack.fraction == 0
+            and self.privacy.unit is None
+            and not self.pacing.asynchronous,
+            f"{pruning} sends what is left of a model, by the round's mask: it needs attack=none, "
+            "privacy=none and a pacing whose clients train one round's model",
+            f"{self.attack.name}, {self.privacy.name} and {self.pacing.name}",
         )
 
     def _check_sums(self) -> None:

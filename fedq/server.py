@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedq.budgets.base import History
 from fedq.capacity import Capacities, width_for
 from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
+from fedq.distillation import Member
 from fedq.downlink import Broadcasts
 from fedq.engines.adversary import Adversary
 from fedq.errors import ConfigError, FedqError
@@ -29,8 +31,10 @@ from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.metrics import metric_of
 from fedq.models.cost import training_macs
+from fedq.models.structure import without_empty_channels
 from fedq.physics.clock import Clock
 from fedq.privacy.base import PrivacyState
+from fedq.pruning.base import Support
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
@@ -56,7 +60,7 @@ OPTIONAL = frozenset(
     {
         *("privacy", "simulated_seconds", "joules", "joules_by_use"),
         *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
-        *("codecs", "widths"),
+        *("codecs", "widths", "sparsity"),
     }
 )
 
@@ -194,6 +198,9 @@ class _Server:
             topology=self._topology(examples),
             capacities=capacities,
             width=self._width(),
+            pruning=experiment.pruning,
+            structure=self.trainer.structure if experiment.pruning.active else None,
+            refine=self._distilled if experiment.server_distillation.examples else None,
         )
 
     def _clock(self, examples: ArrayLike | None) -> Clock | None:
@@ -225,12 +232,36 @@ class _Server:
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """The server's own examples: a seeded sample of its training half."""
+        """The server's own examples, for a rule that trusts them."""
+        return self._own_examples(self.experiment.aggregator.trusted_examples)
+
+    @cached_property
+    def _unlabelled(self) -> NDArray[np.float32]:
+        """The server's own inputs, that clients' models are asked about."""
+        return self._own_examples(self.experiment.server_distillation.examples)[0]
+
+    def _own_examples(self, count: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return a seeded sample of the server's training half."""
         rows = len(self.dataset.y_train)
-        count = min(self.experiment.aggregator.trusted_examples, rows)
         rng = generator(derive(self.experiment.seed, "root"))
-        chosen = np.sort(rng.choice(rows, count, replace=False))
+        chosen = np.sort(rng.choice(rows, min(count, rows), replace=False))
         return self.dataset.train_inputs(chosen), self.dataset.y_train[chosen]
+
+    def _distilled(
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: Any
+    ) -> tuple[Vector, Vector]:
+        """Let the aggregate learn from the clients' models."""
+        first, *others = np.split(state, len(self.trainers))
+        weights, first = self.experiment.server_distillation.refined(
+            self.trainers,
+            members,
+            weights,
+            first,
+            self._unlabelled,
+            derive(self.experiment.seed, current.report.round, "distillation"),
+            current.support,
+        )
+        return weights, np.concatenate([first, *others])
 
     def _trusted(self, state: ServerState) -> Vector:
         """Train on the server's own examples as a client would; return the delta, (d,) float32."""
@@ -387,8 +418,13 @@ class _Server:
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
-        summary |= footprint(self.trainer.model)
+        deployed = self.trainer.model
+        if self.experiment.pruning.active:
+            deployed = copy.deepcopy(deployed)
+            summary["removed_channels"] = sum(without_empty_channels(deployed).values())
+        summary |= footprint(deployed)
         summary |= self.strategy.statement(state)
+        summary |= self._read_out(state)
         summary |= self.dataset.references
         if state.round < self.experiment.rounds:
             summary["stopped"] = (
@@ -398,6 +434,36 @@ class _Server:
             LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)
         return summary
+
+    def _read_out(self, state: ServerState) -> dict[str, Any]:
+        """Make and write what each kind of client is served; return how good it is."""
+        read_out, experiment = self.experiment.read_out, self.experiment
+        if not read_out.examples:
+            return {}
+        x, _ = self._own_examples(read_out.examples)
+        states = np.split(state.state, len(self.trainers))
+        self.trainer.load(state.weights, states[0])
+        taught = self.trainer.outputs(x, float_twin=True)
+        variants = self.strategy.variants
+        scores: dict[str, float] = {}
+        for place, (name, trainer) in enumerate(zip(variants, self.trainers, strict=True)):
+            trainer.load(state.weights, states[place])
+            if experiment.pruning.active and state.round:
+                trainer.prune(Support(trainer.layout, state.weights != 0))
+            read_out.read(trainer, taught, x, derive(experiment.seed, place, "read out"))
+            score = trainer.evaluate(self.x_test, self.y_test).score
+            scores[name or "all"] = score
+            quantization = experiment.quantization
+            if name:
+                quantization = quantization.replace(widths=(quantization.widths[place],))
+            self.directory.save_read_out(
+                name or "all",
+                experiment.replace(quantization=quantization).to_config(),
+                trainer.layout.unflatten(trainer.weights())
+                | trainer.state_layout.unflatten(trainer.state()),
+                self.strategy.task,
+            )
+        return {f"{self.trainer.task.metric.name}_read_out": scores}
 
 
 def summarise(
@@ -430,7 +496,7 @@ def summarise(
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
+    some = (f"{metric.name}_by_width", "sparsity", "attack_success", "float_attack_success")
     physics = {
         key: math.fsum(record.get(key, 0.0) for record in rounds)
         for key in ("simulated_seconds", "joules")

@@ -31,6 +31,7 @@ from fedq.capacity import Capacities, Capacity
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.cohort import Nodes, choose
+from fedq.distillation import Member
 from fedq.downlink import Broadcasts, Downlink
 from fedq.engines.timed import TimedGrid
 from fedq.envelope import Opener
@@ -46,6 +47,8 @@ from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
+from fedq.pruning.base import Pruning, Structure, Support
+from fedq.pruning.none import NoPruning
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
@@ -156,6 +159,8 @@ class RoundReport:
         counts = getattr(self, what) or {}
         setattr(self, what, {**counts, choice: counts.get(choice, 0) + 1})
 
+    sparsity: float | None = None
+
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
         self.rejected[kind] += 1
@@ -178,6 +183,15 @@ class Update:
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
     variant: int = 0  #: which of the states it is
     discount: float = 1.0  #: times the delta, for its age
+
+
+class Refine(Protocol):
+    """What is done to a round's result with the clients' own models."""
+
+    def __call__(
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: _Round
+    ) -> tuple[Vector, Vector]:
+        """Return the weights, and the states of all variants."""
 
 
 class Sums(Protocol):
@@ -236,6 +250,9 @@ class FedQ(Strategy):
       topology: Who hears the clients' replies.
       capacities: Returns what is known of the nodes' devices now; a clock knows that itself.
       width: Returns the variant for a device's speed and the median's; without it, nodes choose.
+      pruning: What of the model is trained.
+      structure: What of it may be pruned.
+      refine: What is done to a round's weights and states with the clients' own models.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -276,6 +293,9 @@ class FedQ(Strategy):
         topology: Topology | None = None,
         capacities: Callable[[], Capacities] | None = None,
         width: Callable[[float | None, float | None], int] | None = None,
+        pruning: Pruning | None = None,
+        structure: Structure | None = None,
+        refine: Refine | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -308,6 +328,8 @@ class FedQ(Strategy):
                     raise ConfigError(NO_DEVICES)
                 capacities = partial(getattr, clock, "capacities")
             self.capacities = capacities
+        self.pruning, self.structure = pruning or NoPruning(), structure or Structure()
+        self.refine = refine
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
@@ -359,6 +381,7 @@ class FedQ(Strategy):
         whole = self.downlink.whole(weights, seed)
         context = _Context(self.downlink, before.broadcasts, whole)
         request, openers = {**self.request(before), **asked}, None
+        support = self._support(context, report)
         if self.sealing is not None:
             request = self.sealing.announced(request, len(nodes), context.model, before.state)
             openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
@@ -382,6 +405,7 @@ class FedQ(Strategy):
             places=self.nodes(grid),
             capacities=self.capacities(),
             start=start,
+            support=support,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
         current.messages = self.ask(nodes, current)
@@ -397,6 +421,14 @@ class FedQ(Strategy):
         report.edge_downlink_bytes = tree.relayed(zip(served, requests, strict=True))
         states = [self.state_layout.size] * len(self.variants)
         current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
+
+    def _support(self, context: _Context, report: RoundReport) -> Support | None:
+        """Return what of the model is trained: a function of the model as clients decode it."""
+        if not self.pruning.active:
+            return None
+        support = self.pruning.support(self.layout, self.structure, context.model, report.round)
+        report.sparsity = 0.0 if support is None else support.sparsity
+        return support
 
     def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
@@ -539,8 +571,10 @@ class FedQ(Strategy):
 
     def request(self, before: ServerState) -> dict[str, Any]:
         """Return what every client of a round is told beside the model."""
+        pruning = {"pruning": registry.to_config(self.pruning)} if self.pruning.active else {}
         return {
             **self.task,
+            **pruning,
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
@@ -586,6 +620,8 @@ class FedQ(Strategy):
                 return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
+                if self.refine is not None:
+                    current.members[update.slot] = (update.variant, delta, state)
                 state = self.merger.summand(state)
                 weight = update.weight * update.discount
                 states[update.variant].add(state, weight, update.slot)
@@ -706,6 +742,10 @@ class FedQ(Strategy):
                 f"round {report.round} cannot be applied ({error}); "
                 "lower learning_rate or the server optimiser's rate"
             ) from error
+        if current.support is not None:
+            weights = current.support.masked(weights)
+        if self.refine is not None:
+            weights, state = self.refine(current.ensemble(), weights, state, current)
         return ServerState(report.round, weights, state, optimizer, privacy=private)
 
     def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
@@ -817,6 +857,8 @@ class FedQ(Strategy):
         if current.privacy.asks_within != isinstance(within, bool):
             raise DecodeError(f"says {within!r} of its clipping")
         beside = current.context.claim(node, metadata.get("context"))
+        if beside is not None and current.support is not None:
+            beside = current.support.gather(beside)
         delta: wire.Frame | bytes | memoryview = message.parts[0]
         if current.privacy.integers:
             client = current.claims.claim(node, metadata.get("client"))
@@ -841,7 +883,10 @@ class FedQ(Strategy):
         self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
     ) -> tuple[wire.Frame, int]:
         """Return a codec's frame, and the number of the client whose seed it has."""
-        frame, asked = wire.open_frame(message.parts[0], self.layout, beside), current.asked[node]
+        layout, asked = self.layout, current.asked[node]
+        if current.support is not None:
+            layout = current.support.layout
+        frame = wire.open_frame(message.parts[0], layout, beside)
         if frame.codec != asked.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {asked.codec} was asked for")
         client = current.claims.claim(node, message.metadata.get("client"))
@@ -855,7 +900,7 @@ class FedQ(Strategy):
         delta: NDArray[Any]
         try:
             if isinstance(update.delta, wire.Frame):
-                delta = privacy.received(decode_frame(update.delta, self.layout, update.beside))
+                delta = privacy.received(self._decoded(update.delta, update.beside, current))
             else:
                 delta = privacy.unpack(update.delta, current.about)
             state = Identity().decode(update.state, self.state_layout)
@@ -865,6 +910,11 @@ class FedQ(Strategy):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         return delta, state
+
+    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: _Round) -> Vector:
+        if (support := current.support) is None:
+            return decode_frame(frame, self.layout, beside)
+        return support.scatter(decode_frame(frame, support.layout, beside))
 
     # --- a privacy budget --------------------------------------------------------------------
 
@@ -1055,18 +1105,31 @@ class _Round:
     places: Mapping[int, int]  #: by node, in the order of registration
     capacities: Capacities  #: by place if there is a clock, else by node
     start: float
+    support: Support | None = None  #: what of the model is trained
     float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
     asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
     models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
     contents: dict[tuple[int | None, Codec, str | None], RecordDict] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
+    #: By place, variant, delta and state of accepted updates, if they are still needed.
+    members: dict[int, tuple[int, Vector, Vector]] = field(default_factory=dict)
     timing: TimedGrid | None = None
     steps: Steps | None = None
     edges: Edges | None = None
 
     def __post_init__(self) -> None:
         self.models[None] = self.whole
+
+    def ensemble(self) -> list[Member]:
+        """Return the clients' models, in the order of the cohort."""
+        sent = (
+            self.context.model if self.support is None else self.support.masked(self.context.model)
+        )
+        return [
+            Member(variant, sent + delta, state)
+            for _, (variant, delta, state) in sorted(self.members.items())
+        ]
 
     def answer(self, reply: Message) -> tuple[int, int | None]:
         """Take a node off the waiting list; its place is None if it was not on it."""

@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing metrics physics pacing budgets topologies capacity",
+        "sealing metrics physics pacing budgets topologies capacity pruning distillation",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
