@@ -63,7 +63,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("momentum=0.9", "learning_rate=0.06", "learning_rate_end=0.03"),
     ),
     "keywords": (
-        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=20"),
+        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=16"),
         *("batch_size=16", "local_epochs=1", "learning_rate_end=0.03"),
     ),
 }
