@@ -14,7 +14,6 @@ settings (`--again` does not).
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -23,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fedq
-from _common import parser, table, write
+from _common import kept, parser, table, write
 
+import fedq
 from fedq import config, simulation
 from fedq.export._source import source
 from fedq.results import read_config, read_model
@@ -151,10 +150,7 @@ def main() -> None:
     if "keywords" in arguments.tasks and arguments.words is None:
         options.error("keywords need --words FOLDER")
     settings = {task: " ".join((*TASKS[task], *extra)) for task in TASKS}
-    results, cells = arguments.out / "quantization.json", []
-    if results.exists() and not arguments.again:
-        known = json.loads(results.read_text())["cells"]
-        cells = [cell for cell in known if cell["settings"] == settings[cell["task"]]]
+    cells = [] if arguments.again else kept(arguments.out, "quantization", settings, "task")
     done = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
     for seed in seeds:
         for task in arguments.tasks:

@@ -101,8 +101,8 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
     if np.abs(values).max(initial=0) > LARGEST:
         kind = type(quantizer).__name__
         raise ConfigError(
-            f"the weight of {path} ({kind}) does not fit int8: it is {np.abs(values).max()} steps of"
-            f" its scale, more than {LARGEST}; export a model of symmetric weights"
+            f"the weight of {path} ({kind}) does not fit int8: it is {np.abs(values).max()} steps"
+            f" of its scale, more than {LARGEST}; export a model of symmetric weights"
         )
     scale = grid.scale.double().flatten().expand(channels).numpy()
     scales = np.where(common > 0, scale * common, SMALLEST_SCALE)
