@@ -53,9 +53,9 @@ class Experiment:
       local_epochs: Epochs of local training per round.
       batch_size: Examples per local step.
       learning_rate: Local step size of SGD.
-      learning_rate_end: Share of the learning rate that the last round has, to which it falls linearly;
-        1 is constant. FedAvg with a constant rate stays at a distance from the optimum that grows
-        with it (Li et al. 2020, ICLR, "On the convergence of FedAvg on non-IID data", theorem 4).
+      learning_rate_end: Share of the learning rate that is left in the last round; it falls linearly.
+        At a constant rate (1) FedAvg stays away from the optimum, the farther the higher the rate
+        (Li et al. 2020, ICLR, "On the convergence of FedAvg on non-IID data", theorem 4).
       momentum: Local momentum, fresh in every round.
       weight_decay: Local L2 penalty.
       proximal_mu: FedProx pull towards the global model (Li et al. 2020); 0 is FedAvg.

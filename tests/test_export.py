@@ -266,11 +266,10 @@ def test_every_norm_of_statistics_folds(norm: str) -> None:
 
 
 def test_group_normalisation_is_refused_with_a_remedy() -> None:
-    network = create(fedq.build("model", "ds_cnn", width=8, blocks=1, norm="group"), (1, 12, 12), 4)
-    with pytest.raises(
-        ConfigError, match=r"stem\.norm \(GroupNorm\).* train with model\.norm=batch"
-    ):
-        convert(prepared_of(network, (1, 12, 12)), (1, 12, 12))
+    shape, options = (1, 12, 12), {"width": 8, "blocks": 1, "norm": "group"}
+    prepared = prepared_of(create(fedq.build("model", "ds_cnn", **options), shape, 4), shape)
+    with pytest.raises(ConfigError, match=r"stem\.norm \(GroupNorm\): .*model\.norm=batch"):
+        convert(prepared, shape)
 
 
 # --- runtimes -----------------------------------------------------------------------------------
