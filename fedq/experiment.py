@@ -53,7 +53,7 @@ class Experiment:
       local_epochs: Epochs of local training per round.
       batch_size: Examples per local step.
       learning_rate: Local step size of SGD.
-      learning_rate_end: Share of the learning rate that is left in the last round; it falls linearly.
+      learning_rate_end: Share of the learning rate that the last round has; it falls linearly.
         At a constant rate (1) FedAvg stays away from the optimum, the farther the higher the rate
         (Li et al. 2020, ICLR, "On the convergence of FedAvg on non-IID data", theorem 4).
       momentum: Local momentum, fresh in every round.
