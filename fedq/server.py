@@ -177,6 +177,7 @@ class _Server:
                 "training": experiment.training.to_config(),
                 **({} if dataset.classes else {TASK_KEY: dict(dataset.task)}),
             },
+            schedule=lambda r: {"training": experiment.training_in(r).to_config()},
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,
             quorum=experiment.quorum,
@@ -266,8 +267,10 @@ class _Server:
     def _trusted(self, state: ServerState) -> Vector:
         """Train on the server's own examples as a client would; return the delta, (d,) float32."""
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
-        seed = derive(self.experiment.seed, state.round + 1, "root")
-        return self.trainer.train(*self._root, self.experiment.training, seed).delta
+        following = state.round + 1
+        seed = derive(self.experiment.seed, following, "root")
+        training = self.experiment.training_in(following)
+        return self.trainer.train(*self._root, training, seed).delta
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""

@@ -227,6 +227,7 @@ class FedQ(Strategy):
       clients_per_round: A count (int) or a fraction of the connected nodes (float).
       seed: Decides sampling and everything that clients draw.
       task: JSON-ready metadata for the clients (model, training, ...), sent with the weights.
+      schedule: What of the task is different in a round, counted from 1; None is nothing.
       weighting: ``"examples"``, ``"registered"`` (no more than first claimed) or ``"uniform"``.
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the cohort that must be accepted for the round to count.
@@ -272,6 +273,7 @@ class FedQ(Strategy):
         clients_per_round: int | float = 1.0,
         seed: int = 0,
         task: Mapping[str, Any] | None = None,
+        schedule: Callable[[int], Mapping[str, Any]] | None = None,
         weighting: str = "examples",
         max_examples: int = 10_000,
         quorum: float = 0.5,
@@ -308,6 +310,7 @@ class FedQ(Strategy):
         self.clients_per_round = clients_per_round
         self.seed = seed
         self.task = dict(task or {})
+        self.schedule = schedule or (lambda server_round: {})
         self.privacy = privacy or NoPrivacy()
         self.weighting = "uniform" if self.privacy.uniform else weighting
         self.max_examples = max_examples
@@ -575,6 +578,7 @@ class FedQ(Strategy):
         return {
             **self.task,
             **pruning,
+            **self.schedule(before.round + 1),
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
