@@ -103,6 +103,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def kept(out: Path, name: str, settings: Mapping[str, str], key: str) -> list[dict[str, Any]]:
+    """Return the cells that a results file holds of the same settings, so that a rerun goes on.
+
+    Args:
+      out: The directory.
+      name: The benchmark.
+      settings: Of each value of ``key``.
+      key: What the settings belong to, in a cell.
+    """
+    path = out / f"{name}.json"
+    cells = json.loads(path.read_text()).get("cells", []) if path.exists() else []
+    return [cell for cell in cells if cell["settings"] == settings.get(cell[key])]
+
+
 def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a Markdown table; ``columns`` maps keys of the rows to headings.
 

@@ -186,6 +186,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.turn, options.turns, options.cohorts = 0.05, 2, [10]
+        options.models = ["mlp"]
         options.only = options.only or [FLOOR, ONE, TWO]
     return options
 

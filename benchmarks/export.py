@@ -106,6 +106,8 @@ def main() -> None:
         if arguments.models
         else [name for name in registry.available("model") if name not in OTHERS]
     )
+    if arguments.quick:
+        models = models[:1]
     rows, reports = [], []
     widths = [8] if arguments.quick else [8, 4, 2]
     for model in models:

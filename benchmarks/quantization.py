@@ -1,17 +1,19 @@
 """Accuracy of federations of every quantization, beside float and post-training quantization.
 
-    python benchmarks/quantization.py            # three seeds, two tasks; an hour of one core
-    python benchmarks/quantization.py --keep     # only cells that the results do not hold yet
+    python benchmarks/quantization.py --words FOLDER   # three seeds, three tasks; hours of one core
     python benchmarks/quantization.py --quick
 
 Every cell is a whole federated run by the main job's path (default codec and downlink), judged on
-the test set as deployed. Differences to float are paired by seed: the same partition, cohorts and
-initial weights. Intervals are 95 % by Student's t over seeds.
+the test set as deployed, after the last round. Differences to float are paired by seed: the same
+partition, cohorts and initial weights. Intervals are 95 % by Student's t over seeds.
+
+One run in float gives the float row and those of post-training quantization: its clients' ranges,
+read out in each width. The results file has a record per run; a rerun keeps those of the same
+settings (`--again` does not).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -20,21 +22,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import parser, table, write
+from _common import kept, parser, table, write
 
+import fedq
 from fedq import config, simulation
+from fedq.export._source import source
+from fedq.results import read_config, read_model
 
-#: Overrides by name; the first is what the others are compared with.
+#: Overrides by name. The first trains in float, with quantizers that look on.
 SCHEMES: dict[str, tuple[str, ...]] = {
-    "float": ("quantization=none",),
+    "float": ("quantization=ptq8",),
     "W8A8": ("quantization=int8",),
-    "W8A8 PTQ": ("quantization=ptq8",),
     "W4A8": ("quantization=w4a8",),
-    "W4A8 PTQ": ("quantization=ptq4",),
     "W2A8 codebook": ("quantization=codebook2",),
     "W2A8 LSQ": ("quantization=lsq2",),
     "W2A8": ("quantization=w2a8",),
-    "W2A8 PTQ": ("quantization=ptq4", "quantization.weights.bits=2"),
     "W4A4 LSQ": ("quantization=lsq4",),
     "W4A4 PACT": ("quantization=pact4",),
     "W4A8 APoT": ("quantization=apot4",),
@@ -43,30 +45,58 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "binary": ("quantization=binary",),
     "mixed 8, 4, 2": ("quantization=mixed",),
 }
+#: What a float run is read out in: weights of post-training quantization.
+PTQ: dict[str, dict[str, Any]] = {
+    "W8A8 PTQ": {"name": "linear", "bits": 8},
+    "W4A8 PTQ": {"name": "linear", "bits": 4, "range": "mse"},
+    "W2A8 PTQ": {"name": "linear", "bits": 2, "range": "mse"},
+}
+#: What is measured by default; the others on request.
+MAIN = ("float", "W8A8", "W4A8", "W2A8 codebook", "W2A8 LSQ")
+#: Most points that a scheme may lose.
+GOALS = {"W8A8": 0.3, "W4A8": 1.0, "W2A8 codebook": 4.0, "W2A8 LSQ": 4.0}
 TASKS: dict[str, tuple[str, ...]] = {
-    "mnist5k": ("data=mnist5k", "partition=iid", "clients=20", "rounds=20"),
-    "smartwatch": ("data=smartwatch", "partition=iid", "clients=20", "rounds=20"),
+    "images": ("data=mnist5k", "partition=iid", "clients=20", "rounds=20"),
+    "activity": (
+        *("data=smartwatch", "partition=iid", "clients=20", "rounds=30", "batch_size=32"),
+        *("momentum=0.9", "learning_rate=0.06", "learning_rate_end=0.03"),
+    ),
+    "keywords": (
+        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=16"),
+        *("batch_size=16", "local_epochs=1", "learning_rate_end=0.03"),
+    ),
 }
 PLAIN = ("baseline=false", "engine.workers=1", "evaluate_every=1000")
 #: Student's t, two-sided 95 %, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
-def run(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """Return the summary of a federated run, and its CPU time with the worker's."""
+def run(overrides: tuple[str, ...], seed: int, read_out: bool) -> dict[str, Any]:
+    """Return what a federated run ends with: accuracies by name, and its wall time."""
     experiment = config.load([*overrides, *PLAIN, f"seed={seed}"])
     folder = Path(tempfile.mkdtemp())
     begin = time.perf_counter()
     try:
-        summary = simulation.run_experiment(experiment, folder / "run").summary
+        path = folder / "run"
+        summary = simulation.run_experiment(experiment, path).summary
+        accuracies = summary.get("accuracy_by_width") or {"": summary["accuracy"]}
+        if read_out:
+            accuracies = {"float": summary["float_accuracy"], **post_training(path)}
     finally:
         shutil.rmtree(folder)
-    return {
-        "accuracy": summary["accuracy"],
-        "accuracy_by_width": summary.get("accuracy_by_width"),
-        "seconds": time.perf_counter() - begin,
-        "uplink_bytes": summary["uplink_bytes"],
-    }
+    return {"accuracies": accuracies, "seconds": time.perf_counter() - begin}
+
+
+def post_training(path: Path) -> dict[str, float]:
+    """Return the accuracies of a float run's model, by the ranges that its clients saw."""
+    experiment, (tensors, _) = config.load_resumed(read_config(path), []), read_model(path)
+    found = {}
+    for name, weights in PTQ.items():
+        given = source(experiment, tensors, fedq.build("quantization", "ptq", weights=weights))
+        data = given.dataset
+        right = given.logits(data.test_inputs()).argmax(1) == data.y_test
+        found[name] = float(right.mean())
+    return found
 
 
 def interval(values: list[float]) -> float:
@@ -81,9 +111,9 @@ def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     accuracies: dict[str, dict[int, float]] = {}
     for cell in cells:
         if cell["task"] == task:
-            by_width = cell["accuracy_by_width"] or {"": cell["accuracy"]}
-            for width, accuracy in by_width.items():
-                name = f"{cell['scheme']}: {width}" if width else cell["scheme"]
+            for part, accuracy in cell["accuracies"].items():
+                name = part if part in ("float", *PTQ) else f"{cell['scheme']}: {part}"
+                name = name.removesuffix(": ")
                 accuracies.setdefault(name, {})[cell["seed"]] = 100 * accuracy
     reference = accuracies["float"]
     rows = []
@@ -96,6 +126,7 @@ def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
                 "accuracy": f"{statistics.mean(values.values()):.2f}",
                 "difference": f"{statistics.mean(differences):+.2f}"
                 + ("" if math.isnan(half) else f" ± {half:.2f}"),
+                "goal": f"-{GOALS[name]}" if name in GOALS else None,
                 "seeds": len(values),
             }
         )
@@ -106,40 +137,51 @@ def main() -> None:
     """Run all cells and write the results."""
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
-    options.add_argument("--keep", action="store_true", help="go on from the results file")
+    options.add_argument("--schemes", nargs="*", default=list(MAIN), choices=list(SCHEMES))
     options.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    options.add_argument("--words", help="folder of DIGIT_SPEAKER_N.wav, for keywords")
+    options.add_argument("--again", action="store_true", help="drop what the results file holds")
     arguments = options.parse_args()
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    schemes = {name: SCHEMES[name] for name in arguments.schemes}
+    seeds, schemes = range(arguments.seed, arguments.seed + arguments.seeds), arguments.schemes
     extra: tuple[str, ...] = ()
     if arguments.quick:
-        seeds, extra = range(arguments.seed, arguments.seed + 1), ("rounds=2",)
-        schemes = {name: SCHEMES[name] for name in ("float", "W8A8", "mixed 8, 4, 2")}
-    cells: list[dict[str, Any]] = []
-    if arguments.keep:
-        cells = json.loads((arguments.out / "quantization.json").read_text())["cells"]
-    known = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
+        seeds, extra = seeds[:1], ("rounds=2",)
+        schemes, arguments.tasks = ["float", "W8A8", "mixed 8, 4, 2"], ["images"]
+    if "keywords" in arguments.tasks and arguments.words is None:
+        options.error("keywords need --words FOLDER")
+    settings = {task: " ".join((*TASKS[task], *extra)) for task in TASKS}
+    cells = [] if arguments.again else kept(arguments.out, "quantization", settings, "task")
+    done = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
     for seed in seeds:
         for task in arguments.tasks:
-            for scheme, overrides in schemes.items():
-                if (task, scheme, seed) in known:
+            for scheme in schemes:
+                if (task, scheme, seed) in done:
                     continue
-                cell = run((*TASKS[task], *overrides, *extra), seed)
-                cells.append({"task": task, "scheme": scheme, "seed": seed, **cell})
-                print(task, scheme, seed, f"{cell['accuracy']:.4f}", flush=True)
-        columns = {
-            "scheme": "scheme",
-            "accuracy": "accuracy, %",
-            "difference": "minus float, points",
-            "seeds": "seeds",
-        }
-        text = []
-        for task in arguments.tasks:
-            settings = " ".join((*TASKS[task], *extra))
-            text += [f"## {task}", f"`{settings}`", table(columns, rows_of(cells, task))]
-        figures = {"seed": arguments.seed, "cells": cells}
-        write(arguments.out, "quantization", "Accuracy by quantization", text, figures)
+                words = (f"data.path={arguments.words}",) if task == "keywords" else ()
+                overrides = (*TASKS[task], *words, *SCHEMES[scheme], *extra)
+                cell = run(overrides, seed, read_out=scheme == "float")
+                name = {"task": task, "scheme": scheme, "seed": seed, "settings": settings[task]}
+                cells.append({**name, **cell})
+                print(task, scheme, seed, cell["accuracies"], flush=True)
+                report(arguments.out, cells, settings)
+
+
+def report(out: Path, cells: list[dict[str, Any]], settings: dict[str, str]) -> None:
+    """Write the results so far."""
+    columns = {
+        "scheme": "scheme",
+        "accuracy": "accuracy, %",
+        "difference": "minus float, points",
+        "goal": "goal",
+        "seeds": "seeds",
+    }
+    order = ["float", "W8A8", "W8A8 PTQ", "W4A8", "W4A8 PTQ", "W2A8 codebook", "W2A8 LSQ", "W2A8"]
+    text = []
+    for task in sorted({cell["task"] for cell in cells}):
+        rows = rows_of(cells, task)
+        rows.sort(key=lambda row: order.index(row["scheme"]) if row["scheme"] in order else 99)
+        text += [f"## {task}", f"`{settings[task]}`", table(columns, rows)]
+    write(out, "quantization", "Accuracy by quantization", text, {"cells": cells})
 
 
 if __name__ == "__main__":

@@ -1,144 +1,228 @@
 """The field's reference methods at equal work: bytes to 99 % of the float accuracy.
 
-Every method of `conf/method` on every task, IID and Dirichlet(0.3), by seeds: one
-`fedq simulate -m experiment=reproductions`, then the report's figures. The sweep is resumable:
-the same command goes on where it was stopped, and a larger grid keeps what is there.
+Every method of `conf/method` on every task of `conf/task`, by partitions and seeds: the cells of
+`fedq simulate -m experiment=reproductions`, with smaller models so that a cell takes seconds, and
+the report's figures. The same command goes on where it was stopped. The results file holds one
+record per finished run; with `--keep` those of other days and machines count, too, and are not run
+again.
 
-Keywords come from a folder of wav files named CLASS_SPEAKER_INDEX.wav, such as the Free Spoken
-Digit Dataset's: `--keywords FOLDER` makes log-mel spectrograms of them (index below 5: test).
+Keywords come from a folder of recordings DIGIT_SPEAKER_N.wav, such as the Free Spoken Digit
+Dataset's.
 
     python benchmarks/reproductions.py --work runs/reproductions --keywords FOLDER      # all
-    python benchmarks/reproductions.py --tasks images --partitions dirichlet03 --rounds 25 --seeds 2
+    python benchmarks/reproductions.py --keep --partitions dirichlet03 --seeds 1
+    python benchmarks/reproductions.py --keep --tables --work runs/reproductions        # no runs
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-import subprocess
 import sys
-import wave
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import _common
-import numpy as np
-from numpy.typing import NDArray
+from rich.console import Console
 
-from fedq import config
-from fedq.report import Study, study_tables
+from fedq import config, progress, sweep
+from fedq.manifest import fingerprint
+from fedq.report import Run, Study, study_tables
 from fedq.report.runs import survey
 from fedq.report.study import remarks
 from fedq.report.tables import size
 
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedq" / "reproductions"
-QUICK = ("data=digits", "clients=6", "clients_per_round=3", "local_epochs=1", "engine.workers=1")
-RATE, WINDOW, HOP, BINS, FRAMES = 8000, 256, 128, 40, 61  # one second at 8 kHz
-TEST_INDICES = 5
+#: Overrides of each task: models of 14,000, 9,000 and 18,000 parameters.
+TASKS = {
+    "images": ("model=small_cnn", "model.width=8"),
+    "keywords": ("model=small_cnn",),
+    "activity": ("model=imu_cnn", "model.width=16"),
+}
+QUICK = ("data=digits", "clients=6", "clients_per_round=3", "local_epochs=1")
+#: What a record keeps of a round, beside its number.
+ROUND = ("uplink_bytes", "downlink_bytes")
+
+Record = dict[str, Any]
 
 
-def spectrogram(sound: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return log energies of a second of sound, (FRAMES, BINS), on the mel scale."""
-    sound = np.pad(sound[:RATE], (0, max(0, RATE - len(sound))))
-    starts = HOP * np.arange(FRAMES)
-    frames = np.stack([sound[s : s + WINDOW] for s in starts]) * np.hanning(WINDOW)
-    power = np.abs(np.fft.rfft(frames)) ** 2
-    mel = 2595 * np.log10(1 + np.fft.rfftfreq(WINDOW, 1 / RATE) / 700)
-    centres = np.linspace(mel[1], mel[-1], BINS + 2)
-    width = centres[1] - centres[0]
-    weights = np.maximum(0, 1 - np.abs(mel[:, None] - centres[None, 1:-1]) / width)
-    return np.asarray(np.log(power @ weights + 1e-6), np.float32)
+# --- records -------------------------------------------------------------------------------------
 
 
-def make_keywords(folder: Path, path: Path) -> None:
-    """Write the spectrograms of all wav files of a folder as an npz file of a data set."""
-    columns: dict[str, list[object]] = {name: [] for name in ("x", "y", "client", "test")}
-    for file in sorted(folder.rglob("*.wav")):
-        label, speaker, index = file.stem.split("_")
-        with wave.open(str(file)) as sound:
-            samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2") / 2**15
-        columns["x"].append(spectrogram(samples))
-        columns["y"].append(label)
-        columns["client"].append(speaker)
-        columns["test"].append(int(index) < TEST_INDICES)
-    x, y, client, test = (np.array(column) for column in columns.values())
-    np.savez(
-        path, x_train=x[~test], y_train=y[~test], x_test=x[test], y_test=y[test],
-        client_train=client[~test],
-    )  # fmt: skip
+def key(record: Record) -> tuple[Any, ...]:
+    """Return which cell a record is of."""
+    return tuple(record[name] for name in ("partition", "seed", "task", "method"))
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Return what tells one cell's options from another's, wherever its data lie."""
+    data = {**settings["data"]}
+    if "path" in data:
+        data["path"] = Path(data["path"]).name
+    return fingerprint({**settings, "data": data})[:16]
+
+
+def to_record(run: Run) -> Record:
+    """Return what the tables need of a run, in a few lines of text."""
+    chosen = dict(text.split("=", 1) for text in run.manifest["overrides"])
+    names = ("name", "data", "partition", "codec", "downlink", "rounds", "seed")
+    settings = {name: run.config[name] for name in names}
+    if "path" in settings["data"]:
+        settings["data"] = {**settings["data"], "path": Path(settings["data"]["path"]).name}
+    columns = ("round", run.metric.name, *ROUND)
+    return {
+        **{name: chosen[name] for name in ("task", "partition", "method")},
+        "seed": run.seed,
+        "options": digest(dict(run.config)),
+        "config": settings,
+        "fedq": (run.summary.get("versions") or {}).get("fedq"),
+        "rounds": {
+            name: " ".join(f"{record.get(name) or 0:.5g}" for record in run.rounds)
+            if name == run.metric.name
+            else " ".join(str(record.get(name) or 0) for record in run.rounds)
+            for name in columns
+        },
+        "float_" + run.metric.name: run.float_score,
+    }
+
+
+def to_run(record: Record) -> Run:
+    """Return the run that a record tells of."""
+    names = list(record["rounds"])
+    rows = zip(*(map(float, text.split()) for text in record["rounds"].values()), strict=True)
+    rounds = [dict(zip(names, row, strict=True)) for row in rows]
+    return Run(
+        Path(*map(str, key(record))),
+        record["config"],
+        rounds,
+        {"versions": {"fedq": record["fedq"]}}
+        | {name: value for name, value in record.items() if name.startswith("float_")},
+    )
+
+
+def read(out: Path) -> list[Record]:
+    """Return the records of a results file, none if there is no file or it has none."""
+    path = out / "reproductions.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return list(found.get("cells", []))
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def requests(chosen: Any, tasks: Sequence[str], extra: Sequence[str]) -> Iterable[list[str]]:
+    """Yield the overrides of each cell, a whole table after the other: partition, then seed."""
+    seeds = range(chosen.seed, chosen.seed + chosen.seeds)
+    methods = config.choices("method") if chosen.methods == "all" else chosen.methods.split(",")
+    parts = chosen.partitions.split(",")
+    for partition, seed, method, task in itertools.product(parts, seeds, methods, tasks):
+        path = [f"data.path={chosen.keywords.resolve()}"] if task == "keywords" else []
+        yield [
+            *("experiment=reproductions", f"task={task}", f"partition={partition}"),
+            *(f"method={method}", f"seed={seed}", f"rounds={chosen.rounds}"),
+            *(*TASKS[task], *path, *extra),
+        ]
+
+
+def wanted(asked: Iterable[list[str]], kept: list[Record]) -> tuple[list[list[str]], list[Record]]:
+    """Return the cells to run, and the records that do not contradict what is asked for."""
+    known = {key(record): record for record in kept}
+    todo = []
+    for request in asked:
+        text = dict(text.split("=", 1) for text in request)
+        cell = (text["partition"], int(text["seed"]), text["task"], text["method"])
+        if cell in known and known[cell]["options"] == digest(config.load(request).to_config()):
+            continue
+        known.pop(cell, None)
+        todo.append(request)
+    return todo, list(known.values())
 
 
 def main() -> int:
     options = _common.parser(__doc__)
     options.add_argument("--work", type=Path, default=WORK, help="directory of the runs")
-    options.add_argument("--keywords", type=Path, help="folder of CLASS_SPEAKER_INDEX.wav")
-    options.add_argument("--tasks", default="images,keywords,activity")
-    options.add_argument("--partitions", default="iid,dirichlet03")
-    options.add_argument("--methods", default="glob(*)")
+    options.add_argument("--keep", action="store_true", help="go on from the results file")
+    options.add_argument("--keywords", type=Path, help="folder of DIGIT_SPEAKER_N.wav")
+    options.add_argument("--tasks", default=",".join(TASKS))
+    options.add_argument("--partitions", default="dirichlet03,iid")
+    options.add_argument("--methods", default="all")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--rounds", type=int, default=50)
     options.add_argument("--jobs", type=int, help="runs at a time (default: as cores allow)")
     options.add_argument("--tables", action="store_true", help="only tables, of runs that ended")
     chosen = options.parse_args()
-    chosen.work.mkdir(parents=True, exist_ok=True)
     tasks = chosen.tasks.split(",")
     extra: tuple[str, ...] = ()
     if chosen.quick:
         tasks, extra = ["images"], QUICK
         chosen.partitions, chosen.methods, chosen.seeds, chosen.rounds = "iid", "fedavg,fedq", 2, 2
         chosen.work = chosen.out / "runs"
-    elif "keywords" in tasks and chosen.keywords is None:
+    elif "keywords" in tasks and chosen.keywords is None and not chosen.tables:
         tasks.remove("keywords")
         print("no --keywords FOLDER: that task is left out", file=sys.stderr)
-    for task in () if chosen.tables else tasks:
-        more = extra
-        if task == "keywords":
-            path = (chosen.work / "keywords.npz").resolve()
-            if not path.exists():
-                make_keywords(chosen.keywords, path)
-            more = (f"data.path={path}",)
-        command = [
-            *(sys.executable, "-m", "fedq.cli", "simulate", "-m", "experiment=reproductions"),
-            *(f"task={task}", f"partition={chosen.partitions}", f"method={chosen.methods}"),
-            *(f"seed=range({chosen.seed},{chosen.seed + chosen.seeds})",),
-            *(f"rounds={chosen.rounds}", f"run_dir={chosen.work}", *more),
-            *((f"--jobs={chosen.jobs}",) if chosen.jobs else ()),
-        ]
-        status = subprocess.run(command, check=False).returncode
-        if status == 130:
-            return status
-    found = survey([chosen.work])
-    study = Study.of(found.runs)
+    kept = read(chosen.out) if chosen.keep else []
+    failed = []
+    if not chosen.tables:
+        todo, kept = wanted(requests(chosen, tasks, extra), kept)
+        chosen.work.mkdir(parents=True, exist_ok=True)
+        cells = sweep.plan(chosen.work, todo)
+        with progress.cells(Console(stderr=True), len(cells)) as display:
+            try:
+                ended = sweep.run(chosen.work, cells, display, jobs=chosen.jobs)
+            except KeyboardInterrupt:
+                return 130
+        failed = [end for end in ended if end.error]
+    cells = {key(record): record for record in kept}
+    if chosen.work.is_dir() and any(sweep.manifests(chosen.work)):
+        runs = [run for run in survey([chosen.work]).runs if run.finished]
+        cells |= {key(record): record for record in map(to_record, runs)}
+    if not cells:
+        print("no run has ended", file=sys.stderr)
+        return 1
+    write(chosen.out, [cells[each] for each in sorted(cells)])
+    for end in failed:
+        print(f"{end.cell.path}: {end.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def write(out: Path, cells: list[Record]) -> None:
+    """Write the results."""
+    runs = [to_run(record) for record in cells]
+    study = Study.of(runs)
     plain = config.load([])
-    rounds = sorted({run.planned for run in found.runs})
-    parts = [run.config["partition"] for run in found.runs]
-    skews = sorted({f"{part['name']} {part.get('alpha', '')}".strip() for part in parts})
-    doubts = [f"left out: {reason}" for reason in found.left_out.values()] + remarks(found.runs)
+    rounds = sorted({run.planned for run in runs})
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
     _common.write(
-        chosen.out,
+        out,
         "reproductions",
         "Reference methods at equal work",
         [
-            f"Partition: {', '.join(skews)}. {', '.join(map(str, rounds))} rounds of "
-            f"{plain.clients_per_round} clients, "
+            f"{len(cells)} runs: seeds {', '.join(map(str, seeds))}; "
+            f"{', '.join(map(str, rounds))} rounds of {plain.clients_per_round} clients, "
             f"{plain.local_epochs} local epochs, learning rate {plain.learning_rate:g} for all; "
-            "nothing was tuned for any method. The float run of the same task and seed sets the "
-            "level. Methods of this project are judged by their deployed int8 model, the others by "
-            "their float one. Most reference methods leave the downlink in float32, as published: "
-            "`uplink to there` compares the uplink alone. An FP8 "
-            "federation is not among them: there is no FP8 quantizer here.",
+            "nothing was tuned for any method. The float run of the same task, partition and seed "
+            "sets the level. Methods of this project and FP8 are judged by their deployed "
+            "quantized model, the others by their float one. Most reference methods leave the "
+            "downlink in float32, as published: `uplink to there` compares the uplink alone.",
             "Bytes of both directions until 99 % of the float accuracy, and how many times fewer "
             "than float there (mean over seeds; `2 of 3`: so many seeds got there):",
             headline(study),
             "All figures:",
             study_tables.to_markdown(study),
-            *doubts,
+            *remarks(runs),
         ],
         {
             "rounds": rounds,
-            "seeds": sorted({run.seed for run in found.runs if run.seed is not None}),
+            "seeds": seeds,
             "methods": [study_tables.record(study, method) for method in study.methods],
+            "cells": cells,
         },
     )
-    return 0
 
 
 def headline(study: Study) -> str:

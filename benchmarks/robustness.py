@@ -131,7 +131,7 @@ def compare(
     subject: Subject, examples: int, steps: int, queries: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Return robust accuracy and CPU seconds of each library's attacks on the float twin."""
-    x, y = map(torch.from_numpy, subject.sample(subject.dataset.y_test.size, 0))
+    x, y = map(torch.from_numpy, subject.sample(2 * examples, 0))
     right = (subject.twin_network(x).argmax(1) == y).nonzero().squeeze(1)[:examples]
     x, y = x[right], y[right]
     rows = []
@@ -201,8 +201,8 @@ def main() -> None:
         peers = compare(runs["W8A8"], examples, steps, queries, options.repeats)
         masked = [masking(name, run, examples, steps, queries) for name, run in runs.items()]
     text = [
-        f"The first {examples} test examples that the float twin gets right (MNIST-5k is ordered "
-        f"by class: few and easy classes), L-inf {EPS}, one thread. Points and "
+        f"{examples} random test examples that the float twin gets right, L-inf {EPS}, one thread. "
+        "Points and "
         "ratio are those of a library over fedq's; a ratio above 1 says that fedq took less CPU.",
         _common.table(
             {

@@ -34,53 +34,81 @@ COLUMNS = {
 
 
 def main() -> None:
+    """Run all cells and write the results."""
     parser = _common.parser(__doc__)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS[:3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--words", help="folder of DIGIT_SPEAKER_N.wav, for keyword_spotting")
+    parser.add_argument("--again", action="store_true", help="drop what the results file holds")
     options = parser.parse_args()
     if options.quick:
         options.experiments, options.seeds = ["anomaly_detection"], [0]
-    rows = []
-    for name in options.experiments:
-        more = list(QUICK) if options.quick else []
-        if name == "keyword_spotting":
-            if options.words is None:
-                parser.error("keyword_spotting needs --words FOLDER")
-            more.append(f"data.path={options.words}")
-        rows.append(measured(name, options.seeds, more))
-        print(rows[-1], flush=True)
-    shown = [{**row, **{key: _text(row[key]) for key in ("int8", "float", "cost")}} for row in rows]
-    text = [str(__doc__).strip(), _common.table(COLUMNS, shown)]
-    title = "Every task, quantized and in float"
-    _common.write(options.out, "zoo", title, text, {"seeds": options.seeds, "figures": rows})
+    more = QUICK if options.quick else ()
+    settings = {name: " ".join((f"experiment={name}", *more)) for name in EXPERIMENTS}
+    cells = [] if options.again else _common.kept(options.out, "zoo", settings, "experiment")
+    done = {(cell["experiment"], cell["seed"]) for cell in cells}
+    for seed in options.seeds:
+        for name in options.experiments:
+            if (name, seed) in done:
+                continue
+            words: tuple[str, ...] = ()
+            if name == "keyword_spotting":
+                if options.words is None:
+                    parser.error("keyword_spotting needs --words FOLDER")
+                words = (f"data.path={options.words}",)
+            cell = {"experiment": name, "seed": seed, "settings": settings[name]}
+            cells.append({**cell, **measured([*settings[name].split(), *words], seed)})
+            print(cells[-1], flush=True)
+            report(options.out, cells)
 
 
-def measured(name: str, seeds: list[int], more: list[str]) -> dict[str, Any]:
-    """Return one experiment's figures."""
-    own, plain, summary = [], [], {}
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "run"
-            options = [f"experiment={name}", f"seed={seed}", "engine.workers=1", *more]
-            experiment = config.load([*options, f"run_dir={path}"])
-            outcomes = simulation.simulate(experiment, config.baseline_of(experiment))
-        summary, baseline = (outcome.summary for outcome in outcomes)
-        metric = metric_of(summary)
-        assert metric is not None
-        own.append(metric.scale * summary[metric.name])
-        plain.append(metric.scale * baseline[metric.name])
-    sign = 1 if metric.higher_is_better else -1
+def measured(overrides: list[str], seed: int) -> dict[str, Any]:
+    """Return what an experiment of one seed gives, in int8 and in float."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = [*overrides, f"seed={seed}", "engine.workers=1", "evaluate_every=1000"]
+        experiment = config.load([*options, f"run_dir={Path(folder) / 'run'}"])
+        outcomes = simulation.simulate(experiment, config.baseline_of(experiment))
+    summary, baseline = (outcome.summary for outcome in outcomes)
+    metric = metric_of(summary)
+    assert metric is not None
     return {
-        "experiment": name,
         "metric": metric.title + (", %" if metric.percent else ""),
-        "int8": own,
-        "float": plain,
-        "cost": [sign * (b - a) for a, b in zip(own, plain, strict=True)],
-        "naive": next((f"{v:.4g}" for k, v in summary.items() if k in _NAIVE), "-"),
+        "higher_is_better": metric.higher_is_better,
+        "int8": metric.scale * summary[metric.name],
+        "float": metric.scale * baseline[metric.name],
+        "naive": next((v for k, v in summary.items() if k in _NAIVE), None),
         "rounds": summary["rounds"],
-        "seeds": len(seeds),
     }
+
+
+def rows_of(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per experiment."""
+    rows = []
+    for name in EXPERIMENTS:
+        own = [cell for cell in cells if cell["experiment"] == name]
+        if not own:
+            continue
+        sign = 1 if own[0]["higher_is_better"] else -1
+        values = {key: [cell[key] for cell in own] for key in ("int8", "float")}
+        values["cost"] = [sign * (cell["float"] - cell["int8"]) for cell in own]
+        naive = own[0]["naive"]
+        rows.append(
+            {
+                "experiment": name,
+                "metric": own[0]["metric"],
+                **{key: _text(value) for key, value in values.items()},
+                "naive": "-" if naive is None else f"{naive:.4g}",
+                "rounds": own[0]["rounds"],
+                "seeds": len(own),
+            }
+        )
+    return rows
+
+
+def report(out: Path, cells: list[dict[str, Any]]) -> None:
+    """Write the results so far."""
+    text = [str(__doc__).strip(), _common.table(COLUMNS, rows_of(cells))]
+    _common.write(out, "zoo", "Every task, quantized and in float", text, {"cells": cells})
 
 
 _NAIVE = {"persistence_mae", "magnitude_auc"}

@@ -16,7 +16,9 @@ from fedq.config import load_plugins
 from fedq.data.base import load
 from fedq.errors import ConfigError
 from fedq.models.base import create
-from fedq.quantization.allocation import Layers, Point, Table, best, front
+from fedq.models.cost import layer_macs
+from fedq.quantization.allocation import UNITS, Layers, Point, Table, best, evolve, front
+from fedq.quantization.allocation import cost as modelled
 from fedq.quantization.weights.base import WeightScheme
 from fedq.random import derive, generator
 from fedq.results import read_config, read_model
@@ -37,7 +39,10 @@ class Allocation:
       scheme: Of the weights.
       unit: Of costs.
       losses: Per layer, the loss that each width adds alone.
-      chosen: The best within the budget.
+      chosen: The best within the budget: of the knapsack, or of a search if that found less loss.
+      knapsack: Of the knapsack.
+      searched: Of the search, None without one; its loss is that of all layers together.
+      joint: The loss that all layers together add, by whose choice it is.
       budget: In units of cost.
       measured: Points of the front, and uniform widths, with the task's metric on the test set of
         weights at these widths and activations in float.
@@ -49,6 +54,9 @@ class Allocation:
     unit: str
     losses: list[dict[int, float]]
     chosen: Point
+    knapsack: Point
+    searched: Point | None
+    joint: dict[str, float]
     budget: float
     measured: list[dict[str, Any]]
 
@@ -74,8 +82,10 @@ def allocate(
     bits: float = 4.0,
     scheme: WeightScheme | None = None,
     widths: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    cost: str = "size",
     costs: Path | None = None,
     budget: float | None = None,
+    search: int = 0,
     seed: int = 0,
 ) -> Allocation:
     """Find the widths of least added loss within a budget.
@@ -84,13 +94,16 @@ def allocate(
 
     Args:
       run: A finished run's directory.
-      bits: The budget as mean bits per weight, unless ``budget`` is given.
+      bits: The budget as what this width costs if all layers have it, unless ``budget`` is given.
       scheme: Of the weights; ``linear`` with the clip of least square error by default.
       widths: That a layer may have, as far as the scheme knows them.
-      costs: A JSON file: per layer of the network by name, an object of costs by width, such as
-        joules or milliseconds measured on a device; bytes of weights by default.
+      cost: What the budget is of: ``size``, ``energy`` or ``latency``; see
+        :func:`fedq.quantization.allocation.cost`.
+      costs: A JSON file in its place: per layer of the network by name, an object of costs by
+        width, such as joules or milliseconds measured on a device.
       budget: In units of costs.
-      seed: Of the examples.
+      search: Trials of an evolutionary search beside the knapsack; 0 is none.
+      seed: Of the examples and of the search.
 
     Raises:
       ConfigError: If the run is not finished, its model has no layers that can be quantized, or the
@@ -114,7 +127,8 @@ def allocate(
     trainer.load(weights, trainer.state_layout.flatten(state))
     sizes = dict(zip(layers.names, layers.sizes, strict=True))
     allowed = [width for width in widths if width in scheme.supported]
-    table, unit = _costs(sizes, allowed, costs)
+    macs = layer_macs(layers.network, dataset.input_shape)
+    table, unit = _costs(sizes, macs, allowed, cost, costs)
     rows = generator(derive(seed, "allocate")).permutation(len(dataset.y_train))[:MOST_EXAMPLES]
     x, y = dataset.train_inputs(np.sort(rows)), dataset.y_train[np.sort(rows)]
     layers.quantize({}, scheme)
@@ -130,11 +144,23 @@ def allocate(
     if budget is None:
         if costs is not None:
             raise ConfigError("costs of your own need a --budget in their unit")
-        budget = bits * sum(sizes.values()) / 8
-    chosen = best(points, budget)
+        budget = sum(modelled(cost, size, macs[name], bits) for name, size in sizes.items())
+    chosen = knapsack = best(points, budget)
+
+    def joint(bits: tuple[int, ...]) -> float:
+        layers.quantize(dict(zip(layers.names, bits, strict=True)), scheme)
+        return trainer.evaluate(x, y).loss - plain
+
+    found, searched = {"knapsack": joint(knapsack.bits)}, None
+    if search:
+        tried = evolve(table, joint, budget, trials=search, seed=derive(seed, "search") % 2**32)
+        searched = min((p for p in tried if p.cost <= budget), key=lambda p: (p.loss, p.cost))
+        found["search"] = searched.loss
+        if searched.loss < found["knapsack"]:
+            chosen = searched
     x, y = dataset.test_inputs(), dataset.y_test
     measured = []
-    for kind, point in _shown(points, chosen, table, losses, allowed):
+    for kind, point in _shown(points, knapsack, searched, table, losses, allowed):
         layers.quantize(dict(zip(layers.names, point.bits, strict=True)), scheme)
         score = {trainer.task.metric.name: trainer.evaluate(x, y).score}
         measured.append({"kind": kind, **dataclasses.asdict(point), **score})
@@ -145,16 +171,24 @@ def allocate(
         unit,
         losses,
         chosen,
+        knapsack,
+        searched,
+        found,
         budget,
         measured,
     )
 
 
 def _costs(
-    sizes: Mapping[str, int], widths: Sequence[int], path: Path | None
+    sizes: Mapping[str, int],
+    macs: Mapping[str, int],
+    widths: Sequence[int],
+    kind: str,
+    path: Path | None,
 ) -> tuple[list[dict[int, float]], str]:
     if path is None:
-        return [{w: -(-size * w // 8) for w in widths} for size in sizes.values()], "bytes"
+        rows = [{w: modelled(kind, sizes[n], macs[n], w) for w in widths} for n in sizes]
+        return rows, UNITS[kind]
     try:
         given = json.loads(path.read_text())
         table = [{w: float(given[name][str(w)]) for w in widths} for name in sizes]
@@ -169,11 +203,18 @@ def _costs(
 
 
 def _shown(
-    points: Sequence[Point], chosen: Point, costs: Table, losses: Table, widths: Sequence[int]
+    points: Sequence[Point],
+    knapsack: Point,
+    searched: Point | None,
+    costs: Table,
+    losses: Table,
+    widths: Sequence[int],
 ) -> list[tuple[str, Point]]:
-    """Return the chosen point, some of the front, and uniform widths."""
+    """Return what was chosen, some of the front, and uniform widths."""
     places = np.unique(np.linspace(0, len(points) - 1, MEASURED).round().astype(int))
-    shown = [("chosen", chosen)] + [("front", points[i]) for i in places]
+    shown = [("knapsack", knapsack)] + [("front", points[i]) for i in places]
+    if searched is not None:
+        shown.append(("search", searched))
     for width in widths:
         bits = (width,) * len(costs)
         cost, loss = (sum(layer[width] for layer in of) for of in (costs, losses))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedq import records, registry
 from fedq.codecs.base import Codec
+from fedq.cohort import choose
 from fedq.engines.timed import Flight, TimedGrid, certain, nth_arrival
 from fedq.pacing.fedbuff import FedBuff
 from fedq.random import derive, generator
@@ -117,6 +118,7 @@ class Steps:
     def __init__(self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: _Round) -> None:
         self._strategy, self._pacing, self._timed, self._current = strategy, pacing, timed, current
         self.air: list[Flight | Waiting] = list(current.before.waiting)
+        self._nodes = strategy.nodes(timed)
         self._asked: set[int] = set()
         self._batches = 0
         self._now_s = current.opened_s
@@ -152,18 +154,19 @@ class Steps:
 
     def _refill(self) -> None:
         """Ask clients until enough of them are at work."""
-        current, strategy = self._current, self._strategy
-        there = self._timed.clock.available
-        nodes = [node for place, node in self._free() if there(place, self._now_s)]
-        at_work = strategy.cohort(len(strategy.ordered(self._timed)) - len(current.watch.barred))
-        lacking = min(at_work - len(self.air), len(nodes))
+        current, strategy, clock = self._current, self._strategy, self._timed.clock
+        at_work = strategy.cohort(len(self._nodes) - len(current.watch.barred))
+        lacking = at_work - len(self.air)
         if lacking <= 0:
             return
         purpose = ("sample", self._batches) if self._batches else ("sample",)
-        self._batches += 1
         rng = generator(derive(strategy.seed, current.report.round, *purpose))
-        chosen = rng.choice(len(nodes), size=lacking, replace=False, shuffle=False)
-        batch = [nodes[i] for i in sorted(chosen)]
+        now_s = self._now_s
+        there = None if clock.always else lambda place: clock.available(place, now_s)
+        batch = choose(self._nodes, lacking, rng, self._busy(), there)
+        if not batch:
+            return
+        self._batches += 1
         self._asked.update(batch)
         for message in strategy.ask(batch, current):
             flight = self._timed.depart(message, self._now_s)
@@ -171,20 +174,22 @@ class Steps:
             if not flight.awaited:
                 self._timed.spend(flight)
 
-    def _free(self) -> list[tuple[int, int]]:
-        """Return places and nodes of all that may be asked, wherever they are."""
-        busy = {flight.node for flight in self.air} | self._asked | self._current.watch.barred
-        nodes = enumerate(self._strategy.ordered(self._timed))
-        return [(place, node) for place, node in nodes if node not in busy]
+    def _busy(self) -> set[int]:
+        """Return all nodes that may not be asked, wherever they are."""
+        return {flight.node for flight in self.air} | self._asked | self._current.watch.barred
 
     def _wait(self) -> bool:
         """Let time pass until somebody can be asked; False if everybody has been."""
-        free = self._free()
-        if not free:
+        busy, clock = self._busy(), self._timed.clock
+        if all(node in busy for node in self._nodes):
             return False
-        clock = self._timed.clock
         self._now_s = clock.opens(
-            self._now_s, lambda now_s: any(clock.available(place, now_s) for place, _ in free)
+            self._now_s,
+            lambda now_s: any(
+                clock.available(place, now_s)
+                for place, node in enumerate(self._nodes)
+                if node not in busy
+            ),
         )
         self._refill()
         return True

@@ -150,7 +150,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     allocate.add_argument("folder", type=Path, metavar="RUN")
     allocate.add_argument(
-        "--bits", type=float, default=4.0, help="the budget, as mean bits per weight (default: 4)"
+        "--bits",
+        type=float,
+        default=4.0,
+        help="the budget, as what this width of all layers costs (default: 4)",
+    )
+    allocate.add_argument(
+        "--cost",
+        default="size",
+        choices=("size", "energy", "latency"),
+        help="what the budget is of: bytes, joules by a table of operations, or cycles of a "
+        "bit-serial unit (default: size)",
+    )
+    allocate.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="TRIALS",
+        help="search with Optuna, too, by the loss of all layers together (default: 0, no search)",
     )
     allocate.add_argument(
         "--weights",
@@ -160,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument(
         "--costs", type=Path, metavar="FILE.json", help="cost by layer and width, such as joules"
     )
-    allocate.add_argument("--budget", type=float, help="in the unit of --costs, or bytes")
+    allocate.add_argument("--budget", type=float, help="in the unit of --cost or --costs")
     allocate.add_argument("--seed", type=int, default=0, help="of the examples (default: 0)")
     allocate.add_argument("--json", action="store_true", help="machine-readable; no files")
     allocate.set_defaults(run=_allocate)
@@ -675,8 +692,10 @@ def _allocate(options: argparse.Namespace, rest: list[str]) -> int:
         options.folder,
         bits=options.bits,
         scheme=scheme,
+        cost=options.cost,
         costs=options.costs,
         budget=options.budget,
+        search=options.search,
         seed=options.seed,
     )
     if options.json:
@@ -685,6 +704,9 @@ def _allocate(options: argparse.Namespace, rest: list[str]) -> int:
     console = Console()
     console.print(allocation.render(found))
     console.print(f"{found.chosen.cost:,.0f} of {found.budget:,.0f} {found.unit}", highlight=False)
+    if found.searched is not None:
+        losses = ", ".join(f"{whose} {loss:.4g}" for whose, loss in found.joint.items())
+        console.print(f"loss that all layers together add: {losses}", highlight=False)
     picture = options.folder / "allocation.png"
     allocation.draw(found, picture)
     picture.with_suffix(".json").write_text(found.to_json() + "\n")

@@ -32,6 +32,8 @@ from fedq.layout import Layout, Vector
 from fedq.privacy.base import Privacy, Round
 from fedq.privacy.example_gaussian import ExampleGaussian
 from fedq.privacy.none import NoPrivacy
+from fedq.pruning.base import Structure, Support
+from fedq.pruning.none import NoPruning
 from fedq.random import SEED_BITS, derive, round_seed
 from fedq.state import StateStore
 from fedq.training_config import TrainingConfig
@@ -82,6 +84,7 @@ class Task:
       moved: (d,) float32, the weights minus those of the base; an update may be coded beside it.
       privacy: What :meth:`reply` does to the delta before it is encoded.
       variant: Which kind of client this is; the state is that kind's.
+      support: What of the weights is trained and sent, all others being zero; None is everything.
     """
 
     message: Message
@@ -95,6 +98,7 @@ class Task:
     moved: Vector | None = None
     privacy: Privacy = field(default_factory=NoPrivacy)
     variant: int = 0
+    support: Support | None = None
 
     @classmethod
     def open(
@@ -168,6 +172,14 @@ class Task:
         """The round, from 1."""
         return int(self.metadata["round"])
 
+    def pruned(self, structure: Callable[[], Structure]) -> Task:
+        """Return the task with the mask that the request's pruning makes of its model."""
+        pruning = registry.from_config("pruning", self.metadata.get("pruning", NoPruning.name))
+        if not pruning.active:
+            return self
+        support = pruning.support(self.layout, structure(), self.weights, self.round)
+        return dataclasses.replace(self, support=support)
+
     def seed(self, client: int, purpose: str) -> int:
         """Return this client's seed in this round for a named purpose."""
         return derive(int(self.metadata["seed"]), self.round, client, purpose)
@@ -209,26 +221,34 @@ class Task:
         protected = self.privacy.protect(
             delta, self.about, self.privacy.entropy(self.about, client)
         )
-        delta = protected.delta
+        delta, layout = protected.delta, self.layout
+        support = self.support
+        if support is not None:
+            delta, layout = support.gather(delta), support.layout
         seed = self.codec.client_seed(round_seed(int(self.metadata["seed"]), self.round), client)
         references: list[Vector | None] = [None]
         if self.moved is not None and self.codec.predictive:
-            references.append(self.moved)
+            references.append(self.moved if support is None else support.gather(self.moved))
         if protected.codes is not None:
             payloads = [protected.codes]
         elif isinstance(self.codec, ErrorFeedback):
             if store is None:
                 raise ConfigError("error feedback needs a store for the residual")
             residual = store.residual(client, self.round, self.layout)
+            if support is not None:
+                residual = support.gather(residual)
             coded = [
-                compensate(self.codec, delta, residual, self.layout, seed, reference=reference)
+                compensate(self.codec, delta, residual, layout, seed, reference=reference)
                 for reference in references
             ]
             payloads = [payload for payload, _ in coded]
-            store.keep_residual(client, self.round, coded[0][1])  # all decode to the same
+            left = coded[0][1]  # all decode to the same
+            store.keep_residual(
+                client, self.round, left if support is None else support.scatter(left)
+            )
         else:
             payloads = [
-                self.codec.encode(delta, self.layout, seed, reference=reference)
+                self.codec.encode(delta, layout, seed, reference=reference)
                 for reference in references
             ]
         if self.privacy.unit:
@@ -320,7 +340,7 @@ class SimulatedSite:
     """
 
     data: Any
-    parts: Mapping[int, NDArray[np.int64]]
+    parts: Sequence[NDArray[np.int64]] | Mapping[int, NDArray[np.int64]]
     state_directory: Path
     models: int = 2
     simulated: ClassVar[bool] = True
@@ -442,6 +462,8 @@ class Client:
         own = trainer.local_layout
         if own.size and (kept := store.local(client, task.round, own)) is not None:
             trainer.load_local(kept)
+        if task.support is not None:
+            trainer.prune(task.support)
         try:
             trained = _train(trainer, x, y, request.training, task, client)
         except (Diverged, ConfigError) as error:
@@ -449,7 +471,10 @@ class Client:
         self.trained_images += len(y) * request.training.local_epochs
         if own.size:
             store.keep_local(client, task.round, trainer.local())
-            trained = dataclasses.replace(trained, delta=trainer.weights() - task.weights)
+            delta = trainer.weights() - task.weights
+            if task.support is not None:
+                delta = task.support.masked(delta)
+            trained = dataclasses.replace(trained, delta=delta)
         return task, trained
 
     def _open(self, message: Message, context: Context, blob: bytes, store: StateStore) -> _Request:
@@ -457,13 +482,13 @@ class Client:
         # and to compare bytes costs less than to hash them.
         for request in self._requests:
             if request.blob == blob:
-                variant = self._variant(request.variants, context)
+                variant = self._variant(request.variants, context, request.task.metadata)
                 if variant == request.task.variant:
                     return request
         envelope = wire.unseal(blob)
         chosen = registry.from_config("quantization", envelope.metadata.get("quantization"))
         variants = chosen.variants
-        variant = self._variant(variants, context)
+        variant = self._variant(variants, context, envelope.metadata)
         trainer = self._trainer_for(envelope.metadata, variant)
         task = Task._of(
             message,
@@ -474,7 +499,7 @@ class Client:
             partial(_initial, envelope.metadata),
             variants,
             variant,
-        )
+        ).pruned(lambda: trainer.structure)
         training = TrainingConfig.from_config(task.metadata["training"])
         request = _Request(blob, variants, task, trainer, training)
         self._requests = [r for r in self._requests if r.task.round == task.round]
@@ -494,11 +519,17 @@ class Client:
             self._trainers[key, variant] = trainer_for(**spec, seed=0, variant=variant)
         return self._trainers[key, variant]
 
-    def _variant(self, variants: Sequence[str], context: Context) -> int:
-        """Return which of the kinds of clients this one is: what its device says, or by number."""
-        said = context.node_config.get(WIDTH_KEY)
+    def _variant(
+        self, variants: Sequence[str], context: Context, metadata: Mapping[str, Any]
+    ) -> int:
+        """Return which kind of client this is: its device says, or the request, or its number."""
+        said, asked = context.node_config.get(WIDTH_KEY), metadata.get("width")
         if said is None or len(variants) == 1:
-            return self.site.identity(context) % len(variants)
+            if asked is None:
+                return self.site.identity(context) % len(variants)
+            if asked not in variants:
+                raise ConfigError(f"the request names a width that is not there: {asked!r}")
+            return variants.index(asked)
         name = "float" if str(said) == "0" else f"w{said}"
         if name not in variants:
             raise ConfigError(

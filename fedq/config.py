@@ -291,6 +291,8 @@ def baseline_of(experiment: Experiment, name: str = "float_baseline") -> Experim
     plain, named = compose_config([]), compose_config([f"experiment={name}"])
     changed = {key: value for key, value in named.items() if value != plain[key]}
     changed |= {"resume": None, "run_dir": None}
+    # Of the choices that the experiment leaves alone, these two name bits that it may not have.
+    changed |= {key: plain[key] for key in ("budget", "width_by")}
     before = experiment.to_config()
     after = before | changed
     if all(after[key] == before[key] for key in CHOICES):

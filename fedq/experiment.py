@@ -21,10 +21,13 @@ CHOICES: dict[str, str] = {
     "data": "data",
     "partition": "partition",
     "quantization": "quantization",
+    "pruning": "pruning",
+    "read_out": "read_out",
     "codec": "codec",
     "downlink": "codec",
     "aggregator": "aggregator",
     "server_optimizer": "server_optimizer",
+    "server_distillation": "server_distillation",
     "guard": "guard",
     "attack": "attack",
     "privacy": "privacy",
@@ -32,6 +35,7 @@ CHOICES: dict[str, str] = {
     "fleet": "fleet",
     "pacing": "pacing",
     "budget": "budget",
+    "topology": "topology",
     "engine": "engine",
 }
 DEFAULT_CLIENTS = 50
@@ -53,6 +57,9 @@ class Experiment:
       local_epochs: Epochs of local training per round.
       batch_size: Examples per local step.
       learning_rate: Local step size of SGD.
+      learning_rate_end: Share of the learning rate that the last round has; it falls linearly.
+        At a constant rate (1) FedAvg stays away from the optimum, the farther the higher the rate
+        (Li et al. 2020, ICLR, "On the convergence of FedAvg on non-IID data", theorem 4).
       momentum: Local momentum, fresh in every round.
       weight_decay: Local L2 penalty.
       proximal_mu: FedProx pull towards the global model (Li et al. 2020); 0 is FedAvg.
@@ -76,6 +83,8 @@ class Experiment:
       baseline: Whether to run the float experiment beside this one.
       run_dir: Where results go; ``None`` is a new directory under ``runs/``.
       resume: Run directory to continue.
+      width_by: What decides which of ``quantization.widths`` a client has: its number, or how fast
+        its device trains beside the fleet's median.
       sealed: Whether the server signs its requests, and clients sign and encrypt their replies.
       keys: The server's directory of keys (see ``fedq keys``); ``None`` simulates keys, too.
       plugins: Python files of the user's own registered objects; never taken from a peer.
@@ -90,6 +99,7 @@ class Experiment:
     local_epochs: int
     batch_size: int
     learning_rate: float
+    learning_rate_end: float
     momentum: float
     weight_decay: float
     proximal_mu: float
@@ -109,6 +119,7 @@ class Experiment:
     baseline: bool
     run_dir: str | None
     resume: str | None
+    width_by: typing.Literal["number", "speed"]
     sealed: bool
     keys: str | None
     plugins: tuple[str, ...]
@@ -117,10 +128,13 @@ class Experiment:
     data: Any = field()
     partition: Any = field()
     quantization: Any = field()
+    pruning: Any = field()
+    read_out: Any = field()
     codec: Any = field()
     downlink: Any = field()
     aggregator: Any = field()
     server_optimizer: Any = field()
+    server_distillation: Any = field()
     guard: Any = field()
     attack: Any = field()
     privacy: Any = field()
@@ -128,6 +142,7 @@ class Experiment:
     fleet: Any = field()
     pacing: Any = field()
     budget: Any = field()
+    topology: Any = field()
     engine: Any = field()
 
     def __post_init__(self) -> None:
@@ -137,6 +152,11 @@ class Experiment:
         for tracker in self.trackers:
             registry.lookup("tracker", tracker)
         _check(self.rounds >= 1, "rounds must be at least 1", self.rounds)
+        _check(
+            0 < self.learning_rate_end <= 1,
+            "learning_rate_end must be a share in (0, 1]",
+            self.learning_rate_end,
+        )
         _check(self.seed >= 0, "seed must not be negative", self.seed)
         _check(
             self.clients is None or self.clients >= 1, "clients must be at least 1", self.clients
@@ -193,6 +213,25 @@ class Experiment:
             )
         self.privacy.check(self)
         self._check_fleet()
+        self._check_topology()
+        _check(
+            self.width_by == "number" or len(self.quantization.variants) > 1,
+            "width_by=speed chooses among quantization.widths: give two or more",
+            list(self.quantization.variants),
+        )
+        if self.pruning.active:
+            self._check_pruning()
+        _check(
+            self.server_distillation.examples == 0
+            or not (
+                self.secure_aggregation.integers
+                or self.privacy.unit is not None
+                or self.pacing.asynchronous
+            ),
+            f"server_distillation={self.server_distillation.name} asks each client's model of a "
+            "round; it needs privacy=none, secure_aggregation=none and a synchronous pacing",
+            f"{self.privacy.name}, {self.secure_aggregation.name} and {self.pacing.name}",
+        )
         _check(
             len(self.quantization.variants) == 1
             or not (self.sealed or self.secure_aggregation.integers),
@@ -252,13 +291,60 @@ class Experiment:
             "payloads",
             self.budget.name,
         )
-        _check(
-            self.fleet.timed or not self.budget.links,
-            f"budget={self.budget.name} looks at links: choose a fleet, such as fleet=pi_shelf",
-            f"fleet={self.fleet.name}",
-        )
         if not self.budget.fixed:
             bits_of(self.codec)
+
+    def _check_topology(self) -> None:
+        """Refuse what needs single updates, or one answer to each, where edges sum them."""
+        if self.topology.flat:
+            return
+        topology = f"topology={self.topology.name}"
+        _check(
+            self.aggregator.name == "mean",
+            f"{topology} sums updates on their way, and the server sees none alone; it needs "
+            "aggregator=mean",
+            self.aggregator.name,
+        )
+        _check(
+            not (self.sealed or self.secure_aggregation.integers),
+            f"{topology} decodes replies before they reach the server's keys; it needs "
+            "sealed=false and secure_aggregation=none",
+            "sealed or masked updates",
+        )
+        _check(
+            self.privacy.name == "none",
+            f"{topology} has no account of noise and clipping on the way; it needs privacy=none",
+            self.privacy.name,
+        )
+        _check(
+            not self.pacing.asynchronous,
+            f"{topology} forwards once per round; it needs pacing=synchronous",
+            self.pacing.name,
+        )
+        _check(
+            not self.pruning.active and self.server_distillation.examples == 0,
+            f"{topology} sums whole updates and keeps none; it needs pruning=none and "
+            "server_distillation=none",
+            f"{self.pruning.name} and {self.server_distillation.name}",
+        )
+
+    def _check_pruning(self) -> None:
+        """Refuse what does not go with a mask that changes from round to round."""
+        pruning = f"pruning={self.pruning.name}"
+        _check(
+            self.quantization.has_zero,
+            f"{pruning} needs weights that can be zero on the device; quantization.weights must be "
+            "a scheme with a zero, such as linear or lsq",
+            registry.describe(self.quantization),
+        )
+        _check(
+            self.attack.fraction == 0
+            and self.privacy.unit is None
+            and not self.pacing.asynchronous,
+            f"{pruning} sends what is left of a model, by the round's mask: it needs attack=none, "
+            "privacy=none and a pacing whose clients train one round's model",
+            f"{self.attack.name}, {self.privacy.name} and {self.pacing.name}",
+        )
 
     def _check_sums(self) -> None:
         """Refuse what does not go with sums of integers."""
@@ -293,6 +379,14 @@ class Experiment:
         """How clients train."""
         names = [f.name for f in dataclasses.fields(TrainingConfig)]
         return TrainingConfig(**{name: getattr(self, name) for name in names})
+
+    def training_in(self, round: int) -> TrainingConfig:
+        """Return how clients train in a round, counted from 1."""
+        if self.learning_rate_end == 1 or self.rounds == 1:
+            return self.training
+        done = min((round - 1) / (self.rounds - 1), 1.0)
+        rate = self.learning_rate * (1 - done * (1 - self.learning_rate_end))
+        return dataclasses.replace(self.training, learning_rate=rate)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Experiment:

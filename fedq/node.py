@@ -150,7 +150,7 @@ def _site(context: Context) -> Site:
     if experiment.run_dir is not None:
         own = Path(experiment.run_dir).expanduser().resolve() / simulation.CLIENT_STATE
     models = models_kept(experiment.downlink_history)
-    return SimulatedSite(experiment.data, dict(enumerate(parts)), own, models, experiment.seed)
+    return SimulatedSite(experiment.data, parts, own, models, experiment.seed)
 
 
 def _state_name(context: Context) -> str:

@@ -290,6 +290,21 @@ class RunDirectory:
         _save(self.path / MODEL, tensors, metadata)
         return model_digest(self.path)
 
+    def save_read_out(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, NDArray[np.float32]],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        """Write ``read_out/NAME/``, which ``fedq export`` takes as it takes a run."""
+        folder = self.path / "read_out" / name
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        write_file(folder / CONFIG, text.encode())
+        _save(folder / MODEL, tensors, metadata)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, indented, keys sorted; NaN and infinity become null."""
         text = json.dumps(_finite(_plain(summary)), indent=2, sort_keys=True, allow_nan=False)

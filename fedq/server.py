@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedq import private_training, registry
 from fedq.asynchronous import Waiting
 from fedq.budgets.base import History
+from fedq.capacity import Capacities, width_for
 from fedq.client import TASK_KEY
 from fedq.data.base import Dataset
+from fedq.distillation import Member
 from fedq.downlink import Broadcasts
 from fedq.engines.adversary import Adversary
 from fedq.errors import ConfigError, FedqError
@@ -28,8 +31,10 @@ from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.layout import Vector
 from fedq.metrics import metric_of
 from fedq.models.cost import training_macs
+from fedq.models.structure import without_empty_channels
 from fedq.physics.clock import Clock
 from fedq.privacy.base import PrivacyState
+from fedq.pruning.base import Support
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
@@ -37,6 +42,7 @@ from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ, RoundReport, ServerState
 from fedq.threads import usable_cores
+from fedq.topologies import Topology
 from fedq.trackers import tracking
 from fedq.training import Trainer, trainer_for
 
@@ -50,7 +56,13 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset(
+    {
+        *("privacy", "simulated_seconds", "joules", "joules_by_use"),
+        *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
+        *("codecs", "widths", "sparsity"),
+    }
+)
 
 
 def run(
@@ -59,7 +71,8 @@ def run(
     dataset: Dataset,
     directory: RunDirectory,
     *,
-    examples: Sequence[int] | None = None,
+    examples: ArrayLike | None = None,
+    capacities: Callable[[], Capacities] | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over any Flower grid and return its summary.
@@ -72,7 +85,8 @@ def run(
       experiment: What to run.
       dataset: Gives shapes and the test set; training rows stay with the clients.
       directory: Where results go, locked by the caller; a checkpoint in it is continued.
-      examples: Of simulated clients, by place; without them there is no simulated fleet.
+      examples: Of simulated clients, (clients,) by place; without them there is no simulated fleet.
+      capacities: Returns what real devices have measured of themselves, by node.
       observer: Sees each round's record.
     """
     with tracking(experiment.trackers, directory.path, experiment.name, directory.config) as track:
@@ -82,7 +96,7 @@ def run(
                 observer(record)
             track(record)
 
-        server = _Server(grid, experiment, dataset, directory, observe, examples)
+        server = _Server(grid, experiment, dataset, directory, observe, examples, capacities)
         state = server.resumed() if directory.has_checkpoint() else server.started()
         while state.round < experiment.rounds and not server.exhausted(state):
             state = server.next_round(state)
@@ -113,7 +127,8 @@ class _Server:
         dataset: Dataset,
         directory: RunDirectory,
         observer: Observer,
-        examples: Sequence[int] | None = None,
+        examples: ArrayLike | None = None,
+        capacities: Callable[[], Capacities] | None = None,
     ) -> None:
         self.experiment, self.dataset, self.directory = experiment, dataset, directory
         self.observer = observer
@@ -162,6 +177,7 @@ class _Server:
                 "training": experiment.training.to_config(),
                 **({} if dataset.classes else {TASK_KEY: dict(dataset.task)}),
             },
+            schedule=lambda r: {"training": experiment.training_in(r).to_config()},
             weighting=experiment.weighting,
             max_examples=experiment.max_examples,
             quorum=experiment.quorum,
@@ -180,9 +196,15 @@ class _Server:
             clock=self._clock(examples),
             pacing=experiment.pacing,
             budget=experiment.budget,
+            topology=self._topology(examples),
+            capacities=capacities,
+            width=self._width(),
+            pruning=experiment.pruning,
+            structure=self.trainer.structure if experiment.pruning.active else None,
+            refine=self._distilled if experiment.server_distillation.examples else None,
         )
 
-    def _clock(self, examples: Sequence[int] | None) -> Clock | None:
+    def _clock(self, examples: ArrayLike | None) -> Clock | None:
         """Return the clock of the experiment's fleet, None without a fleet."""
         fleet = self.experiment.fleet
         if not fleet.timed:
@@ -191,22 +213,64 @@ class _Server:
             raise ConfigError(f"fleet={fleet.name} is simulated; devices take fleet=none")
         macs = training_macs(self.trainer.model, self.dataset.input_shape)
         epochs = self.experiment.local_epochs
-        return Clock(fleet, self.experiment.seed, [macs * epochs * count for count in examples])
+        work = float(macs * epochs) * np.asarray(examples, np.float64)
+        return Clock(fleet, self.experiment.seed, work)
+
+    def _topology(self, examples: ArrayLike | None) -> Topology:
+        topology: Topology = self.experiment.topology
+        if not topology.flat and examples is None:
+            raise ConfigError(
+                f"topology={topology.name} is simulated; devices take topology=star, and an edge "
+                "of a real fleet is a server of its own"
+            )
+        return topology
+
+    def _width(self) -> Callable[[float | None, float | None], int] | None:
+        """Return the rule that names clients' widths, None where they choose."""
+        if self.experiment.width_by == "number":
+            return None
+        return partial(width_for, self.experiment.quantization.widths)
 
     @cached_property
     def _root(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """The server's own examples: a seeded sample of its training half."""
+        """The server's own examples, for a rule that trusts them."""
+        return self._own_examples(self.experiment.aggregator.trusted_examples)
+
+    @cached_property
+    def _unlabelled(self) -> NDArray[np.float32]:
+        """The server's own inputs, that clients' models are asked about."""
+        return self._own_examples(self.experiment.server_distillation.examples)[0]
+
+    def _own_examples(self, count: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return a seeded sample of the server's training half."""
         rows = len(self.dataset.y_train)
-        count = min(self.experiment.aggregator.trusted_examples, rows)
         rng = generator(derive(self.experiment.seed, "root"))
-        chosen = np.sort(rng.choice(rows, count, replace=False))
+        chosen = np.sort(rng.choice(rows, min(count, rows), replace=False))
         return self.dataset.train_inputs(chosen), self.dataset.y_train[chosen]
+
+    def _distilled(
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: Any
+    ) -> tuple[Vector, Vector]:
+        """Let the aggregate learn from the clients' models."""
+        first, *others = np.split(state, len(self.trainers))
+        weights, first = self.experiment.server_distillation.refined(
+            self.trainers,
+            members,
+            weights,
+            first,
+            self._unlabelled,
+            derive(self.experiment.seed, current.report.round, "distillation"),
+            current.support,
+        )
+        return weights, np.concatenate([first, *others])
 
     def _trusted(self, state: ServerState) -> Vector:
         """Train on the server's own examples as a client would; return the delta, (d,) float32."""
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
-        seed = derive(self.experiment.seed, state.round + 1, "root")
-        return self.trainer.train(*self._root, self.experiment.training, seed).delta
+        following = state.round + 1
+        seed = derive(self.experiment.seed, following, "root")
+        training = self.experiment.training_in(following)
+        return self.trainer.train(*self._root, training, seed).delta
 
     def started(self) -> ServerState:
         """Return the state before round 1, judged and written as round 0."""
@@ -357,8 +421,13 @@ class _Server:
         summary = summarise(self.experiment, self.trainer.layout.size, self.directory.rounds())
         summary["model_sha256"] = digest
         self.trainer.load(state.weights, state.state[: self.trainer.state_layout.size])
-        summary |= footprint(self.trainer.model)
+        deployed = self.trainer.model
+        if self.experiment.pruning.active:
+            deployed = copy.deepcopy(deployed)
+            summary["removed_channels"] = sum(without_empty_channels(deployed).values())
+        summary |= footprint(deployed)
         summary |= self.strategy.statement(state)
+        summary |= self._read_out(state)
         summary |= self.dataset.references
         if state.round < self.experiment.rounds:
             summary["stopped"] = (
@@ -368,6 +437,36 @@ class _Server:
             LOG.warning("stopped %s", summary["stopped"])
         self.directory.write_summary(summary)
         return summary
+
+    def _read_out(self, state: ServerState) -> dict[str, Any]:
+        """Make and write what each kind of client is served; return how good it is."""
+        read_out, experiment = self.experiment.read_out, self.experiment
+        if not read_out.examples:
+            return {}
+        x, _ = self._own_examples(read_out.examples)
+        states = np.split(state.state, len(self.trainers))
+        self.trainer.load(state.weights, states[0])
+        taught = self.trainer.outputs(x, float_twin=True)
+        variants = self.strategy.variants
+        scores: dict[str, float] = {}
+        for place, (name, trainer) in enumerate(zip(variants, self.trainers, strict=True)):
+            trainer.load(state.weights, states[place])
+            if experiment.pruning.active and state.round:
+                trainer.prune(Support(trainer.layout, state.weights != 0))
+            read_out.read(trainer, taught, x, derive(experiment.seed, place, "read out"))
+            score = trainer.evaluate(self.x_test, self.y_test).score
+            scores[name or "all"] = score
+            quantization = experiment.quantization
+            if name:
+                quantization = quantization.replace(widths=(quantization.widths[place],))
+            self.directory.save_read_out(
+                name or "all",
+                experiment.replace(quantization=quantization).to_config(),
+                trainer.layout.unflatten(trainer.weights())
+                | trainer.state_layout.unflatten(trainer.state()),
+                self.strategy.task,
+            )
+        return {f"{self.trainer.task.metric.name}_read_out": scores}
 
 
 def summarise(
@@ -400,15 +499,21 @@ def summarise(
     def bits(direction: str, messages: str) -> float:
         return 8 * total[direction] / (parameters * total[messages]) if total[messages] else 0.0
 
-    some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
+    some = (f"{metric.name}_by_width", "sparsity", "attack_success", "float_attack_success")
     physics = {
         key: math.fsum(record.get(key, 0.0) for record in rounds)
         for key in ("simulated_seconds", "joules")
         if experiment.fleet.timed
     }
+    edges = {
+        key: sum(record.get(key, 0) for record in rounds)
+        for key in ("edge_uplink_bytes", "edge_downlink_bytes")
+        if not experiment.topology.flat
+    }
     return (
         {key: judged[key] for key in some if key in judged}
         | physics
+        | edges
         | {
             "name": experiment.name,
             "metric": metric.name,

@@ -18,11 +18,13 @@ from fedq import config, manifest, registry, server
 from fedq.attacks.base import Accomplice
 from fedq.client import SimulatedSite, client_app
 from fedq.data.base import Dataset, load
+from fedq.data.partitions.base import Parts, Shares
 from fedq.downlink import models_kept
 from fedq.errors import ConfigError
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
 from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
+from fedq.strategy import NO_DEVICES
 
 # isort: split
 from flwr.app import Context
@@ -50,7 +52,7 @@ def no_watch(experiment: Experiment) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64]]:
+def partition(experiment: Experiment, dataset: Dataset) -> Parts:
     """Return the training rows of each client, seeded.
 
     Raises:
@@ -61,10 +63,8 @@ def partition(experiment: Experiment, dataset: Dataset) -> list[NDArray[np.int64
         ids = dataset.client_train if experiment.partition.name == "natural" else None
         clients = DEFAULT_CLIENTS if ids is None else len(np.unique(ids))
     seed = derive(experiment.seed, "partition")
-    parts: list[NDArray[np.int64]] = experiment.partition.split(
-        dataset.strata, clients, seed, dataset.client_train
-    )
-    return parts
+    split: Parts = experiment.partition.split(dataset.strata, clients, seed, dataset.client_train)
+    return split
 
 
 def anchored(experiment: Experiment) -> Experiment:
@@ -109,7 +109,7 @@ class PoisonedSite(SimulatedSite):
 def make_site(
     data: Mapping[str, Any],
     plugins: tuple[str, ...],
-    parts: list[NDArray[np.int64]],
+    parts: Parts,
     state_directory: Path,
     models: int,
     seed: int = 0,
@@ -118,7 +118,7 @@ def make_site(
 ) -> SimulatedSite:
     """Return the simulated clients' site; plain data in, so that it starts in any process."""
     config.load_plugins(plugins)
-    rows = registry.from_config("data", data), dict(enumerate(parts)), state_directory, models, seed
+    rows = registry.from_config("data", data), parts, state_directory, models, seed
     if attack is None:
         return SimulatedSite(*rows)
     return PoisonedSite(*rows, registry.from_config("attack", attack), frozenset(hostile))
@@ -159,10 +159,12 @@ def run_experiment(
     """
     if experiment.keys is not None:
         raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
+    if not experiment.fleet.timed and (experiment.budget.links or experiment.width_by == "speed"):
+        raise ConfigError(NO_DEVICES)
     dataset = load(experiment.data)
     experiment = anchored(experiment)
-    parts = partition(experiment, dataset) if parts is None else parts
-    filled = [part for part in parts if len(part)]
+    parts = partition(experiment, dataset) if parts is None else Shares.of(parts)
+    filled = parts.filled()
     if len(filled) < len(parts):
         # They are left out of the federation: to ask them would only lose places in the cohort.
         empty = len(parts) - len(filled)
@@ -185,9 +187,8 @@ def run_experiment(
     with run_directory(experiment, path, resume) as directory, watch(experiment) as observer:
 
         def serve(grid: Grid) -> dict[str, Any]:
-            examples = [len(part) for part in filled]
             return server.run(
-                grid, experiment, dataset, directory, examples=examples, observer=observer
+                grid, experiment, dataset, directory, examples=filled.sizes, observer=observer
             )
 
         summary = experiment.engine.run(serve, partial(client_app, site), len(filled))

@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from logging import INFO, WARNING
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,11 @@ from fedq.aggregators.mean import Mean
 from fedq.asynchronous import Asked, Steps, Waiting
 from fedq.budgets.base import Budget, Candidate, History, bits_of
 from fedq.budgets.fixed import Fixed
+from fedq.capacity import Capacities, Capacity
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
+from fedq.cohort import Nodes, choose
+from fedq.distillation import Member
 from fedq.downlink import Broadcasts, Downlink
 from fedq.engines.timed import TimedGrid
 from fedq.envelope import Opener
@@ -44,9 +47,14 @@ from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.privacy.none import NoPrivacy
+from fedq.pruning.base import Pruning, Structure, Support
+from fedq.pruning.none import NoPruning
 from fedq.random import SEED_BITS, derive, generator, round_seed
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
+from fedq.topologies.base import Topology
+from fedq.topologies.star import Star
+from fedq.topologies.tree import Edges, Tree
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -63,6 +71,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+NO_DEVICES = (
+    "budget=link_aware and width_by=speed look at devices: simulate some with fleet=, such as "
+    "fleet=pi_shelf, or have real ones with fedq fleet"
+)
 #: A round without a quorum changes nothing; after this many in a row the run stops.
 PATIENCE = 3
 MAX_REASONS = 3
@@ -112,7 +124,10 @@ class RoundReport:
     """What one round did. All sizes are lengths of bytes that crossed the grid.
 
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for.
+    ``joules`` what all its devices used, by what for. With edge aggregators, ``uplink_bytes`` and
+    ``downlink_bytes`` are between clients and edges, and those of ``edge`` between them and the
+    server; ``edge_nmse`` is what the second hop's encoding added to the mean. ``codecs`` and
+    ``widths`` count the clients that were asked for each, where those differ by client.
     """
 
     round: int
@@ -133,6 +148,18 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    edge_uplink_bytes: int | None = None
+    edge_downlink_bytes: int | None = None
+    edge_nmse: float | None = None
+    codecs: dict[str, int] | None = None
+    widths: dict[str, int] | None = None
+
+    def count(self, what: Literal["codecs", "widths"], choice: str) -> None:
+        """Count a client that was asked for a codec, or for a width, of its own."""
+        counts = getattr(self, what) or {}
+        setattr(self, what, {**counts, choice: counts.get(choice, 0) + 1})
+
+    sparsity: float | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -156,6 +183,15 @@ class Update:
     beside: Vector | None = None  #: how the model moved since the client's base, if that helped
     variant: int = 0  #: which of the states it is
     discount: float = 1.0  #: times the delta, for its age
+
+
+class Refine(Protocol):
+    """What is done to a round's result with the clients' own models."""
+
+    def __call__(
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: _Round
+    ) -> tuple[Vector, Vector]:
+        """Return the weights, and the states of all variants."""
 
 
 class Sums(Protocol):
@@ -191,6 +227,7 @@ class FedQ(Strategy):
       clients_per_round: A count (int) or a fraction of the connected nodes (float).
       seed: Decides sampling and everything that clients draw.
       task: JSON-ready metadata for the clients (model, training, ...), sent with the weights.
+      schedule: What of the task is different in a round, counted from 1; None is nothing.
       weighting: ``"examples"``, ``"registered"`` (no more than first claimed) or ``"uniform"``.
       max_examples: A client's claim of examples is clamped to this.
       quorum: Fraction of the cohort that must be accepted for the round to count.
@@ -211,6 +248,12 @@ class FedQ(Strategy):
       clock: Of a simulated fleet; None lets replies count as they come.
       pacing: When rounds close, by the clock.
       budget: How many levels of the codec each client has in each round.
+      topology: Who hears the clients' replies.
+      capacities: Returns what is known of the nodes' devices now; a clock knows that itself.
+      width: Returns the variant for a device's speed and the median's; without it, nodes choose.
+      pruning: What of the model is trained.
+      structure: What of it may be pruned.
+      refine: What is done to a round's weights and states with the clients' own models.
 
     Example:
       >>> strategy = FedQ(layout=Layout.flat(10), codec=Identity())
@@ -230,6 +273,7 @@ class FedQ(Strategy):
         clients_per_round: int | float = 1.0,
         seed: int = 0,
         task: Mapping[str, Any] | None = None,
+        schedule: Callable[[int], Mapping[str, Any]] | None = None,
         weighting: str = "examples",
         max_examples: int = 10_000,
         quorum: float = 0.5,
@@ -248,6 +292,12 @@ class FedQ(Strategy):
         clock: Clock | None = None,
         pacing: Pacing | None = None,
         budget: Budget | None = None,
+        topology: Topology | None = None,
+        capacities: Callable[[], Capacities] | None = None,
+        width: Callable[[float | None, float | None], int] | None = None,
+        pruning: Pruning | None = None,
+        structure: Structure | None = None,
+        refine: Refine | None = None,
     ) -> None:
         self.layout = layout
         self.state_layout = state_layout or Layout((), ())
@@ -260,6 +310,7 @@ class FedQ(Strategy):
         self.clients_per_round = clients_per_round
         self.seed = seed
         self.task = dict(task or {})
+        self.schedule = schedule or (lambda server_round: {})
         self.privacy = privacy or NoPrivacy()
         self.weighting = "uniform" if self.privacy.uniform else weighting
         self.max_examples = max_examples
@@ -271,11 +322,21 @@ class FedQ(Strategy):
         self.trusted = trusted
         self.sealing, self.secure = sealing, secure
         self.clock, self.pacing = clock, pacing or Synchronous()
-        self.budget = budget or Fixed()
+        self.topology = topology or Star()
+        self.budget, self.width = budget or Fixed(), width
+        self.capacities: Callable[[], Capacities] = Capacities
+        if self.budget.links or width:
+            if capacities is None:
+                if clock is None:
+                    raise ConfigError(NO_DEVICES)
+                capacities = partial(getattr, clock, "capacities")
+            self.capacities = capacities
+        self.pruning, self.structure = pruning or NoPruning(), structure or Structure()
+        self.refine = refine
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
-        self._nodes: tuple[Collection[int], list[int], dict[int, int]] | None = None
+        self._nodes: tuple[Collection[int], Nodes] | None = None
         self._round: _Round | None = None
         self._state: ServerState | None = None
 
@@ -311,9 +372,9 @@ class FedQ(Strategy):
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
-        opened_s, away = self._opening(grid, before)
+        opened_s, there = self._opening(grid, before)
         steps = isinstance(self.pacing, FedBuff)  # which ask one by one, as replies arrive
-        nodes = [] if steps else self.sample(grid, report.round, watch.barred, away)
+        nodes = [] if steps else self.sample(grid, report.round, watch.barred, there)
         report.quarantined = len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
@@ -323,6 +384,7 @@ class FedQ(Strategy):
         whole = self.downlink.whole(weights, seed)
         context = _Context(self.downlink, before.broadcasts, whole)
         request, openers = {**self.request(before), **asked}, None
+        support = self._support(context, report)
         if self.sealing is not None:
             request = self.sealing.announced(request, len(nodes), context.model, before.state)
             openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
@@ -343,12 +405,33 @@ class FedQ(Strategy):
             weights=weights,
             opened_s=opened_s,
             expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
-            places=self._places(grid),
+            places=self.nodes(grid),
+            capacities=self.capacities(),
             start=start,
+            support=support,
         )
         current.float32_bytes = len(self._blob(current, self._float32, self.codec))
         current.messages = self.ask(nodes, current)
+        if isinstance(self.topology, Tree):
+            self._by_edge(self.topology, current)
         return current
+
+    def _by_edge(self, tree: Tree, current: _Round) -> None:
+        """Put the round's edges between its clients and the server."""
+        report, places = current.report, current.places
+        served = [tree.edge(places[node], len(places)) for node in current.asked]
+        requests = [records.unpack(message.content) for message in current.messages]
+        report.edge_downlink_bytes = tree.relayed(zip(served, requests, strict=True))
+        states = [self.state_layout.size] * len(self.variants)
+        current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
+
+    def _support(self, context: _Context, report: RoundReport) -> Support | None:
+        """Return what of the model is trained: a function of the model as clients decode it."""
+        if not self.pruning.active:
+            return None
+        support = self.pruning.support(self.layout, self.structure, context.model, report.round)
+        report.sparsity = 0.0 if support is None else support.sparsity
+        return support
 
     def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
@@ -358,15 +441,28 @@ class FedQ(Strategy):
 
     def _candidate(self, node: int, current: _Round) -> Candidate:
         examples = current.before.history.examples.get(node)
-        if self.clock is None:
-            return Candidate(examples)
-        uplink_mbps = self.clock.members[current.places[node]].link.uplink_mbps
-        return Candidate(examples, uplink_mbps, self.clock.median_uplink_mbps)
+        uplink_mbps = self._capacity(node, current).uplink_mbps
+        return Candidate(examples, uplink_mbps, current.capacities.median.uplink_mbps)
+
+    def _capacity(self, node: int, current: _Round) -> Capacity:
+        return current.capacities[node if self.clock is None else current.places[node]]
+
+    def _width(self, node: int, current: _Round) -> str | None:
+        """Return the width that a node is asked to train in; None leaves that to the node."""
+        if self.width is None:
+            return None
+        speed, median = self._capacity(node, current).speed, current.capacities.median.speed
+        return self.variants[self.width(speed, median)]
 
     def _ask(self, node: int, codec: Codec, current: _Round) -> Message:
         """Return a node's request: the model whole, or as changes if those are shorter."""
         report, base = current.report, self.downlink.base(node, current.before.broadcasts)
-        content, whole = (self._content(current, b, codec) for b in (base, None))
+        width = self._width(node, current)
+        if not self.budget.fixed:
+            report.count("codecs", registry.describe(codec))
+        if width is not None:
+            report.count("widths", width)
+        content, whole = (self._content(current, b, codec, width) for b in (base, None))
         if len(records.unpack(content)) > len(records.unpack(whole)):
             content = whole
         elif self.uplink_context and base is not None:
@@ -377,30 +473,35 @@ class FedQ(Strategy):
         report.float32_downlink_bytes += current.float32_bytes
         return Message(content, node, MessageType.TRAIN, group_id=str(report.round))
 
-    def _content(self, current: _Round, base: int | None, codec: Codec) -> RecordDict:
+    def _content(
+        self, current: _Round, base: int | None, codec: Codec, width: str | None
+    ) -> RecordDict:
         """Return a request's content: made once for all clients that have the same."""
         if base not in current.models:
             before, seed = current.before, derive(self.seed, current.report.round, "downlink")
             assert base is not None
             changes = self.downlink.changes(current.weights, seed, before.broadcasts, base)
             current.models[base] = changes
-        key = base, codec
+        key = base, codec, width
         if key not in current.contents:
-            blob = self._blob(current, current.models[base], codec, base)
+            blob = self._blob(current, current.models[base], codec, base, width)
             current.contents[key] = records.pack(blob)
         return current.contents[key]
 
-    def _opening(self, grid: Grid, before: ServerState) -> tuple[float, frozenset[int]]:
-        """Return when a round begins, and whom it cannot ask: it waits until somebody is there."""
-        if self.clock is None or self.clock.always or self.pacing.asynchronous:
-            return before.now_s, frozenset()
-        nodes, there = self.ordered(grid), self.clock.available
+    def _opening(
+        self, grid: Grid, before: ServerState
+    ) -> tuple[float, Callable[[int], bool] | None]:
+        """Return when a round begins, and which places it can ask: it waits for the first."""
+        clock = self.clock
+        if clock is None or clock.always or self.pacing.asynchronous:
+            return before.now_s, None
+        places = range(len(self.nodes(grid)))
 
         def anybody(now_s: float) -> bool:
-            return any(there(place, now_s) for place in range(len(nodes)))
+            return any(clock.available(place, now_s) for place in places)
 
-        opened_s = self.clock.opens(before.now_s, anybody)
-        return opened_s, frozenset(n for p, n in enumerate(nodes) if not there(p, opened_s))
+        opened_s = clock.opens(before.now_s, anybody)
+        return opened_s, lambda place: clock.available(place, opened_s)
 
     def _timed(self, grid: Grid, current: _Round) -> TimedGrid:
         assert self.clock is not None
@@ -422,15 +523,9 @@ class FedQ(Strategy):
     def _about(self, server_round: int, sampled: int) -> Round:
         return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
-    def _places(self, grid: Grid) -> Mapping[int, int]:
-        """Return the place of each connected node."""
-        self.ordered(grid)
-        assert self._nodes is not None
-        return self._nodes[2]
-
     def _claims(self, grid: Grid, before: ServerState) -> _Claims:
         """Return who is which client; a node that left frees its number."""
-        connected = self._places(grid)
+        connected = self.nodes(grid)
         return _Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
@@ -441,39 +536,33 @@ class FedQ(Strategy):
         grid: Grid,
         server_round: int,
         barred: Collection[int] = frozenset(),
-        away: Collection[int] = frozenset(),
+        there: Callable[[int], bool] | None = None,
     ) -> list[int]:
         """Return the nodes of a round's cohort: seeded, without replacement, none that is barred.
 
         Nodes are ordered by the time they registered, so that a simulated node's place is its
-        partition whatever identifiers the grid gives out. Nodes that are away cannot be asked, but
-        count where the cohort is a fraction.
+        partition whatever identifiers the grid gives out. Nodes that are not ``there``, by place,
+        cannot be asked, but count where the cohort is a fraction.
         """
-        nodes = self.ordered(grid)
-        if barred:
-            nodes = [node for node in nodes if node not in barred]
-            if not nodes:
-                raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
-        count = self.cohort(len(nodes))
+        nodes = self.nodes(grid)
+        free = len(nodes) - sum(node in nodes for node in barred)
+        if not free:
+            raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
+        count = self.cohort(free)
         if isinstance(self.pacing, Synchronous):
-            count = self.pacing.asked(count, of=len(nodes))
-        if away:
-            nodes = [node for node in nodes if node not in away]
-            count = min(count, len(nodes))
+            count = self.pacing.asked(count, of=free)
         rng = generator(derive(self.seed, server_round, "sample"))
-        chosen = rng.choice(len(nodes), size=count, replace=False, shuffle=False)
-        return [nodes[i] for i in sorted(chosen)]
+        return choose(nodes, count, rng, barred, there)
 
-    def ordered(self, grid: Grid) -> list[int]:
-        """Return the connected nodes in the order in which they registered."""
+    def nodes(self, grid: Grid) -> Nodes:
+        """Return the connected nodes and their places, in the order in which they registered."""
         ids = grid.get_node_ids()
         if not isinstance(ids, range):
             ids = frozenset(ids)
         if self._nodes is None or self._nodes[0] != ids:
-            infos = grid.get_nodes()
-            ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
-            nodes = [node.node_id for node in ordered]
-            self._nodes = (ids, nodes, {node: place for place, node in enumerate(nodes)})
+            # A range is in order; other nodes say when they registered.
+            nodes = Nodes(ids) if isinstance(ids, range) else Nodes.registered(grid.get_nodes())
+            self._nodes = ids, nodes
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
@@ -485,17 +574,29 @@ class FedQ(Strategy):
 
     def request(self, before: ServerState) -> dict[str, Any]:
         """Return what every client of a round is told beside the model."""
+        pruning = {"pruning": registry.to_config(self.pruning)} if self.pruning.active else {}
         return {
             **self.task,
+            **pruning,
+            **self.schedule(before.round + 1),
             "round": before.round + 1,
             "seed": self.seed,
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(self, current: _Round, model: bytes, codec: Codec, base: int | None = None) -> bytes:
+    def _blob(
+        self,
+        current: _Round,
+        model: bytes,
+        codec: Codec,
+        base: int | None = None,
+        width: str | None = None,
+    ) -> bytes:
         metadata = dict(current.request)
         if codec is not self.codec:
             metadata["codec"] = registry.to_config(codec)
+        if width is not None:
+            metadata["width"] = width
         if self.downlink.history:
             metadata["keep"] = True
         if base is not None:
@@ -523,6 +624,8 @@ class FedQ(Strategy):
                 return update, error
             with lock:  # an addition is short beside a decoding
                 deltas.add(delta, update.weight, update.slot)
+                if self.refine is not None:
+                    current.members[update.slot] = (update.variant, delta, state)
                 state = self.merger.summand(state)
                 weight = update.weight * update.discount
                 states[update.variant].add(state, weight, update.slot)
@@ -545,6 +648,8 @@ class FedQ(Strategy):
 
     def streams(self, current: _Round, capacity: int) -> tuple[Stream, list[Stream]]:
         """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
+        if current.edges is not None:
+            return current.edges.delta, list(current.edges.states)
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
@@ -569,6 +674,10 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
+        if current.edges is not None:
+            current.edges.forward()
+            report.edge_uplink_bytes = current.edges.uplink_bytes
+            report.edge_nmse = current.edges.nmse
         after = self._step(current, deltas, states, accepted)
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
@@ -637,6 +746,10 @@ class FedQ(Strategy):
                 f"round {report.round} cannot be applied ({error}); "
                 "lower learning_rate or the server optimiser's rate"
             ) from error
+        if current.support is not None:
+            weights = current.support.masked(weights)
+        if self.refine is not None:
+            weights, state = self.refine(current.ensemble(), weights, state, current)
         return ServerState(report.round, weights, state, optimizer, privacy=private)
 
     def _merged(self, before: Vector, states: Sequence[Stream]) -> Vector:
@@ -748,6 +861,8 @@ class FedQ(Strategy):
         if current.privacy.asks_within != isinstance(within, bool):
             raise DecodeError(f"says {within!r} of its clipping")
         beside = current.context.claim(node, metadata.get("context"))
+        if beside is not None and current.support is not None:
+            beside = current.support.gather(beside)
         delta: wire.Frame | bytes | memoryview = message.parts[0]
         if current.privacy.integers:
             client = current.claims.claim(node, metadata.get("client"))
@@ -772,7 +887,10 @@ class FedQ(Strategy):
         self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
     ) -> tuple[wire.Frame, int]:
         """Return a codec's frame, and the number of the client whose seed it has."""
-        frame, asked = wire.open_frame(message.parts[0], self.layout, beside), current.asked[node]
+        layout, asked = self.layout, current.asked[node]
+        if current.support is not None:
+            layout = current.support.layout
+        frame = wire.open_frame(message.parts[0], layout, beside)
         if frame.codec != asked.codec:  # another width could be longer than float32
             raise DecodeError(f"encoded by {frame.codec} where {asked.codec} was asked for")
         client = current.claims.claim(node, message.metadata.get("client"))
@@ -786,7 +904,7 @@ class FedQ(Strategy):
         delta: NDArray[Any]
         try:
             if isinstance(update.delta, wire.Frame):
-                delta = privacy.received(decode_frame(update.delta, self.layout, update.beside))
+                delta = privacy.received(self._decoded(update.delta, update.beside, current))
             else:
                 delta = privacy.unpack(update.delta, current.about)
             state = Identity().decode(update.state, self.state_layout)
@@ -796,6 +914,11 @@ class FedQ(Strategy):
             if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         return delta, state
+
+    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: _Round) -> Vector:
+        if (support := current.support) is None:
+            return decode_frame(frame, self.layout, beside)
+        return support.scatter(decode_frame(frame, support.layout, beside))
 
     # --- a privacy budget --------------------------------------------------------------------
 
@@ -984,18 +1107,33 @@ class _Round:
     opened_s: float  #: simulated seconds since the run began
     expected: int  #: updates, of which a quorum must be usable
     places: Mapping[int, int]  #: by node, in the order of registration
+    capacities: Capacities  #: by place if there is a clock, else by node
     start: float
+    support: Support | None = None  #: what of the model is trained
     float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
     asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
     models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
-    contents: dict[tuple[int | None, Codec], RecordDict] = field(default_factory=dict)
+    contents: dict[tuple[int | None, Codec, str | None], RecordDict] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
+    #: By place, variant, delta and state of accepted updates, if they are still needed.
+    members: dict[int, tuple[int, Vector, Vector]] = field(default_factory=dict)
     timing: TimedGrid | None = None
     steps: Steps | None = None
+    edges: Edges | None = None
 
     def __post_init__(self) -> None:
         self.models[None] = self.whole
+
+    def ensemble(self) -> list[Member]:
+        """Return the clients' models, in the order of the cohort."""
+        sent = (
+            self.context.model if self.support is None else self.support.masked(self.context.model)
+        )
+        return [
+            Member(variant, sent + delta, state)
+            for _, (variant, delta, state) in sorted(self.members.items())
+        ]
 
     def answer(self, reply: Message) -> tuple[int, int | None]:
         """Take a node off the waiting list; its place is None if it was not on it."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from fedq.adversarial import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
+from fedq.models.structure import structure
+from fedq.pruning.base import Structure, Support
 from fedq.quantization.base import float_twin as computing_in_float
+from fedq.quantization.calibration import calibrate
 from fedq.quantization.fake import FakeQuantizer
 from fedq.random import derive, generator
 from fedq.tasks.base import Task
@@ -153,6 +157,12 @@ class Trainer:
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         self._smallest_batch = 2 if normalised else 1
         self._distillation = float(getattr(model, "distillation", 0.0))
+        self._kept: Tensor | None = None
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What of the network may be pruned."""
+        return structure(self.model)
 
     def load(self, weights: Vector, state: Vector | None = None) -> None:
         """Set the weights, shape (d,), and the state, shape (s,), by default that of a new network.
@@ -170,8 +180,14 @@ class Trainer:
                 raise ConfigError(f"{name} must have shape {own.shape}, not {vector.shape}")
         np.copyto(self._weights_array, weights)
         np.copyto(self._state_array, state)
+        self._kept = None
         for counter, start in self._counters:
             counter.copy_(start)
+
+    def prune(self, support: Support) -> None:
+        """Set all other weights to zero, and let them stay zero until others are loaded."""
+        self._kept = torch.from_numpy(support.kept.astype(np.float32))
+        self._weights.mul_(self._kept)
 
     def local(self) -> Vector:
         """Return a copy of what the client keeps for itself, in the order of its layout."""
@@ -212,7 +228,73 @@ class Trainer:
             for a network with batch normalisation.
           Diverged: If the loss, an update or a range is not finite.
         """
-        y = self.task.truths(x, y)
+        teacher = None
+        if self._distillation and len(x):
+            teacher = torch.from_numpy(self.outputs(x, float_twin=True))
+        return self._fit(x, self.task.truths(x, y), config, seed, self.task.loss, teacher)
+
+    def distil(
+        self, x: NDArray[np.float32], taught: NDArray[np.float32], config: TrainingConfig, seed: int
+    ) -> Trained:
+        """Train towards a teacher's outputs in place of truths; in one torch thread.
+
+        Args:
+          x: (n, ...) examples, channels first.
+          taught: (n, k) outputs.
+          config: As for :meth:`train`, without an attacker.
+          seed: As for :meth:`train`.
+        """
+
+        def divergence(outputs: Tensor, inputs: Tensor, taught: Tensor) -> Tensor:
+            return self.task.divergence(outputs, taught)
+
+        with _one_thread():
+            return self._fit(x, taught, config, seed, divergence)
+
+    def calibrate(self, x: NDArray[np.float32]) -> None:
+        """Take activation ranges and batch statistics anew from the loaded weights.
+
+        Args:
+          x: (n, ...) examples, channels first.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [m.momentum for m in norms]
+        with _one_thread(), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            self.model.eval()
+            for norm in norms:
+                norm.train()
+            for i in range(0, len(x), 100):
+                self.model(_channels_last(x[i : i + 100]))
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            calibrate(self.model, _channels_last(x))
+
+    def outputs(self, x: NDArray[np.float32], *, float_twin: bool = False) -> NDArray[np.float32]:
+        """Return what the network says about examples in evaluation mode, (n, k).
+
+        Args:
+          x: (n, ...) examples, channels first.
+          float_twin: Compute without the quantizers of a prepared network.
+        """
+        self.model.eval()
+        computing = computing_in_float(self.model) if float_twin else nullcontext()
+        with computing, torch.no_grad(), _one_thread():
+            parts = [self.model(_channels_last(x[i : i + 500])) for i in range(0, len(x), 500)]
+        out: NDArray[np.float32] = torch.cat(parts).numpy()
+        return out
+
+    def _fit(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[Any],
+        config: TrainingConfig,
+        seed: int,
+        objective: Callable[[Tensor, Tensor, Tensor], Tensor],
+        teacher: Tensor | None = None,
+    ) -> Trained:
         least = self._smallest_batch
         if min(len(x), config.batch_size) < least:
             which = "batch_size is 1" if config.batch_size < least else "there is 1 example"
@@ -221,7 +303,6 @@ class Trainer:
                 "out, raise batch_size or use a model without it"
             )
         start = self.weights()
-        teacher = self._float_outputs(x) if self._distillation else None
         adversary = None
         if config.adversarial_eps:
             if self.task.name != "classification":
@@ -249,7 +330,7 @@ class Trainer:
                     self._learned_gradient.zero_()
                     if adversary is None:
                         outputs = self.model(inputs)
-                        batch_loss = self.task.loss(outputs, inputs, truths)
+                        batch_loss = objective(outputs, inputs, truths)
                     else:
                         outputs, batch_loss = adversary.loss(self.model, inputs, truths)
                     if teacher is not None:
@@ -258,6 +339,8 @@ class Trainer:
                         batch_loss = batch_loss.lerp(divergence, self._distillation)
                         done += len(truths)
                     batch_loss.backward()  # type: ignore[no-untyped-call]
+                    if self._kept is not None:
+                        self._gradient.mul_(self._kept)
                     for step in steps_of:
                         step()
                     total += batch_loss.item() * len(truths)
@@ -276,14 +359,6 @@ class Trainer:
                 " max_grad_norm"
             )
         return Trained(delta, state, len(x), loss, steps)
-
-    def _float_outputs(self, x: NDArray[np.float32]) -> Tensor:
-        """Return what the float twin says about examples, (n, classes), and go back to training."""
-        self.model.eval()
-        with computing_in_float(self.model), torch.no_grad():
-            parts = [self.model(_channels_last(x[i : i + 500])) for i in range(0, len(x), 500)]
-        self.model.train()
-        return torch.cat(parts)
 
     def evaluate(
         self,
@@ -440,6 +515,17 @@ def _channels_last(x: NDArray[np.float32]) -> Tensor:
     else:
         pixels = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as a client does, so that the result does not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

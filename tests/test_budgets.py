@@ -11,6 +11,7 @@ import pytest
 from fedq import Layout, build, registry
 from fedq.budgets import Candidate, History
 from fedq.budgets.base import bits_of, with_bits
+from fedq.capacity import Capacities, Capacity
 from fedq.client import Task
 from fedq.codecs.base import Codec
 from fedq.errors import ConfigError
@@ -167,6 +168,28 @@ def test_error_feedback_goes_on_from_one_width_to_another(tmp_path) -> None:  # 
         assert report.replies == 4
     widths = set(asked(grid).values())
     assert len(widths) > 1
+
+
+def test_devices_that_have_measured_their_links_get_codecs_by_them() -> None:
+    """As simulated ones do: with the rates of the test below, by node and not by place."""
+    links = {2: Capacity(0.5), 3: Capacity(), 5: Capacity(2.0), 6: Capacity(2.0)}
+    fedq = FedQ(
+        layout=LAYOUT,
+        codec=CODECS[0],
+        budget=build("budget", "link_aware"),
+        capacities=lambda: Capacities(links),
+    )
+    grid, state = InlineGrid(honest(), 5), fedq.initial(np.zeros(LAYOUT.size, np.float32))
+    state, report = fedq.run_round(grid, state)
+    assert report.replies == 5
+    assert asked(grid) == {(1, 0): 2, (1, 1): 4, (1, 2): 4, (1, 3): 4, (1, 4): 4}
+    assert report.codecs is not None
+    assert sorted(report.codecs.values()) == [1, 4]
+    links |= {3: Capacity(2.0), 5: Capacity(0.5)}  # what has been measured since counts
+    fedq.run_round(grid, state)
+    assert asked(grid)[2, 3] == 2
+    with pytest.raises(ConfigError, match="look at devices"):
+        FedQ(layout=LAYOUT, codec=CODECS[0], budget=build("budget", "link_aware"))
 
 
 def test_an_update_in_another_width_than_asked_is_refused() -> None:

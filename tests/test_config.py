@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["codec.bits=99"], "1 to 16"),
         (["downlink=grid4", "downlink.bits=x"], "downlink.bits must be int"),
         (["downlink=nope"], "unknown downlink 'nope'"),
-        (["codec=top_k", "codec.inner=fp8"], "unknown codec 'fp8'; did you mean 'fp16'"),
+        (["codec=top_k", "codec.inner=fp17"], "unknown codec 'fp17'; did you mean 'fp16'"),
         (["codec.inner.bits=4"], "unknown option of codec=uniform 'inner'"),
         (["round=3"], "unknown option 'round'; did you mean 'rounds'"),
         (["rounds=three"], "rounds must be int"),
@@ -37,6 +37,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["clients_per_round=1.5"], "clients_per_round must be"),
         (["run_dir=''"], "run_dir must be a path"),
         (["learning_rate=-1"], "learning_rate"),
+        (["learning_rate_end=0"], "learning_rate_end must be a share"),
         (["batch_size=0"], "batch_size"),
         (["quorum=2"], "quorum"),
         (["max_examples=2000000"], "max_examples"),
@@ -56,7 +57,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["fleet=pi_shelf", "pacing=fedbuff", "sealed=true"], "needs sealed=false"),
         (["fleet=pi_shelf", "pacing=fedbuff", "attack=alie"], "attack sees a whole cohort"),
         (["fleet=mixed_iot", "privacy=gaussian", "privacy.noise_multiplier=1"], "must be always"),
-        (["budget=link_aware"], "looks at links: choose a fleet"),
+        (["width_by=speed"], "chooses among quantization.widths"),
         (["budget=dadaquant", "codec=sign"], "needs a codec with bits or levels"),
         (["budget=dadaquant", "attack=alie"], "names a codec to each client"),
         (["aggregator=bulyan", "aggregator.f=0.3"], "n >= 4 f + 3"),
@@ -171,6 +172,14 @@ def test_resume_changes_only_what_may_change() -> None:
     assert config.load_resumed(saved, ["rounds=9", "engine.workers=2"]).rounds == 9
     with pytest.raises(ConfigError, match="'codec' cannot change"):
         config.load_resumed(saved, ["codec.bits=2"])
+
+
+def test_the_learning_rate_falls_linearly_to_its_end() -> None:
+    falling = config.load(["rounds=5", "learning_rate=0.4", "learning_rate_end=0.5"])
+    rates = [falling.training_in(round).learning_rate for round in range(1, 7)]
+    assert rates == pytest.approx([0.4, 0.35, 0.3, 0.25, 0.2, 0.2])
+    constant = config.load([])
+    assert constant.training_in(7) == constant.training
 
 
 def test_sweeps_expand() -> None:

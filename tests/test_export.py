@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 import fedq
+from fedq import config
 from fedq.cli import main
 from fedq.data.base import Dataset
 from fedq.errors import ConfigError, FedqError
@@ -25,16 +26,20 @@ from fedq.export import _gate, _packing, _reference, runner
 from fedq.export._convert import _Converter, convert
 from fedq.export._gate import ParityError
 from fedq.export._graph import Graph, Linear
-from fedq.export._release import release
+from fedq.export._release import _check_grids, release
 from fedq.export._source import Source, source
 from fedq.export.base import Exporter
 from fedq.models import create
 from fedq.quantization.integer import activation_grid, integer_weight
 from fedq.registry import table
 
+CONF = Path(__file__).parents[1] / "conf"
 SHAPES = [(1, 12, 12), (3, 32, 32), (6, 64), (20,)]
 MODELS = sorted(table("model"))
 EXPORTERS = sorted(table("exporter"))
+#: Most output steps between training and integers. Thin layers without ReLU have coarse grids: one
+#: step there is more than one of the output's.
+END_TO_END = {"low_rank": 2}
 WIDTHS: list[dict[str, Any]] = [
     {},
     {"weight_bits": 4},
@@ -126,13 +131,11 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         values[op.output] = trained_values.get(op.output, result)
         apart = (result - values[op.output]).abs()
         assert apart.max() <= 1
-        assert (apart > 0).double().mean() < 0.02  # near ties; biases are rounded, too
+        # Near ties. A bias is rounded to a product of steps; where that is a share m of an output
+        # step, m / 4 of the outputs round the other way, and m is 0.02 at most here.
+        assert (apart > 0).double().mean() < 0.005
     assert all(op.weights.bits <= 8 for op in graph.weighted)
-    # End to end steps add up, and only near ties change sides.
-    logits, expected = _reference.run(graph, x), given.logits(x)
-    changed = logits.argmax(1) != expected.argmax(1)
-    second, first = np.sort(expected, axis=1)[:, -2:].T
-    assert (first - second)[changed].max(initial=0) <= 6 * graph.output.grid.scale
+    assert steps_between(graph, given.network, x) <= END_TO_END.get(model, 1)
 
 
 def _fake_quantized(converter: _Converter, x: np.ndarray) -> dict[Any, torch.Tensor]:
@@ -241,22 +244,48 @@ def test_every_weight_scheme_has_exact_integers(scheme: str) -> None:
     assert np.allclose(integer.values * integer.scales[:, None], exact, rtol=1e-5, atol=1e-9)
 
 
-def test_weights_off_every_grid_are_refused() -> None:
+def test_weights_in_float_and_beyond_int8_are_refused() -> None:
     layer: Any = nn.Linear(64, 3)
-    layer.weight_quantizer = fedq.build("weight_quantizer", "linear").quantizer(layer.weight)
-    layer.weight_quantizer.enabled = False  # values as they are
-    with pytest.raises(ConfigError, match=r"weight of net\.fc .* has no exact integer form"):
+    make = functools.partial(fedq.build, "weight_quantizer", "linear")
+    layer.weight_quantizer = make().quantizer(layer.weight)
+    layer.weight_quantizer.enabled = False
+    with pytest.raises(ConfigError, match=r"weight of net\.fc is in float"):
         integer_weight(layer, "net.fc")
+    nn.init.uniform_(layer.weight, 1.0, 2.0)  # of the range 0 to 2 all 255 steps are on one side
+    layer.weight_quantizer = make(symmetric=False).quantizer(layer.weight)
+    with pytest.raises(ConfigError, match=r"weight of net\.fc .* more than 127; .*symmetric"):
+        integer_weight(layer, "net.fc")
+
+
+@pytest.mark.parametrize("norm", ["batch", "local", "frozen"])
+def test_every_norm_of_statistics_folds(norm: str) -> None:
+    network = create(fedq.build("model", "ds_cnn", width=8, blocks=1, norm=norm), (1, 12, 12), 4)
+    prepared = prepared_of(network, (1, 12, 12))
+    x = data((1, 12, 12)).test_inputs()
+    assert steps_between(convert(prepared, (1, 12, 12)), prepared, x) <= 1
+
+
+def test_group_normalisation_is_refused_with_a_remedy() -> None:
+    shape, options = (1, 12, 12), {"width": 8, "blocks": 1, "norm": "group"}
+    prepared = prepared_of(create(fedq.build("model", "ds_cnn", **options), shape, 4), shape)
+    with pytest.raises(ConfigError, match=r"stem\.norm \(GroupNorm\): .*model\.norm=batch"):
+        convert(prepared, shape)
 
 
 # --- runtimes -----------------------------------------------------------------------------------
 
+#: Where narrow weights are executed, too.
+NARROW = ("litert", "onnx")
+EXECUTED = [
+    *((name, model, 0) for name in EXPORTERS for model in (*MODELS, "residual")),
+    *((name, model, width) for name in NARROW for model in MODELS for width in (1, 2)),
+]
 
-@pytest.mark.parametrize("model", [*MODELS, "residual"])
-@pytest.mark.parametrize("name", EXPORTERS)
-def test_the_runtime_agrees(name: str, model: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("name", "model", "width"), EXECUTED)
+def test_the_runtime_agrees(name: str, model: str, width: int, tmp_path: Path) -> None:
     exporter = exporter_of(name)
-    given = residual() if model == "residual" else trained(model)
+    given = residual() if model == "residual" else trained(model, width)
     graph = exporter.adapt(convert_source(given))
     x = given.dataset.test_inputs()[:100]
     path = tmp_path / exporter.file
@@ -264,12 +293,30 @@ def test_the_runtime_agrees(name: str, model: str, tmp_path: Path) -> None:
     grid = graph.output.grid
     expected = (_reference.run(graph, x) - grid.zero_point).astype(np.float32) * grid.scale
     parity = _gate.compare(exporter, path, graph, x, expected.astype(np.float32))
-    # Sums, averages and changes of grid round their factors in some runtimes, and it adds up.
-    steps = 3 if model in ("residual", "ds_cnn", "low_rank") else 1
+    # Micro kernels round twice per layer, and thin layers without ReLU have coarse grids.
+    steps = 3 if model == "low_rank" else 1
     assert [words for words in parity.failures(graph, steps) if "another class" not in words] == []
     changed = parity.logits.argmax(1) != expected.argmax(1)
     second, first = np.sort(expected, axis=1)[:, -2:].T
     assert (first - second)[changed].max(initial=0) <= 2 * steps * grid.scale  # near ties alone
+
+
+PRESETS = sorted(path.stem for path in (CONF / "quantization").glob("*.yaml"))
+SIMULATED = {"w4a4", "lsq4", "pact4"}  # activations of fewer bits than any runtime has
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_passes_the_gate_or_says_why_not(preset: str) -> None:
+    quantization = config.load([f"quantization={preset}"]).quantization
+    network = create(fedq.build("model", "ds_cnn", width=8, blocks=1), (1, 12, 12), 4, seed=1)
+    prepared = train(quantization.prepare(network), data((1, 12, 12)), steps=8)
+    graph = convert(prepared, (1, 12, 12))
+    if preset in SIMULATED:
+        with pytest.raises(ConfigError, match=r"has 4 bits, and no runtime"):
+            _check_grids(graph)
+        return
+    _check_grids(graph)
+    assert steps_between(graph, prepared, data((1, 12, 12)).test_inputs()) <= 1
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
@@ -519,25 +566,35 @@ def test_the_runner_explains_its_data(tmp_path: Path, capsys: pytest.CaptureFixt
 # --- the command --------------------------------------------------------------------------------
 
 
+RUNS = {
+    "int8": ("quantization=int8",),
+    "none": ("quantization=none",),
+    "mixed": ("quantization=mixed",),
+    "pruned": ("quantization=pruned8",),
+    "private": ("experiment=private", "clients_per_round=4", "local_epochs=1"),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with an int8 run and a float one."""
+    """Return a folder with runs of several kinds."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("int8", "none"):
-        options = [f"run_dir={folder / name}", f"quantization={name}", "rounds=2", "clients=4"]
-        assert (
-            main(["simulate", "data=digits", "baseline=false", "engine.workers=1", *options]) == 0
-        )
+    plain = ("data=digits", "baseline=false", "engine.workers=1", "rounds=2", "clients=4")
+    for name, options in RUNS.items():
+        assert main(["simulate", *plain, *options, f"run_dir={folder / name}"]) == 0
     return folder
 
 
-def test_the_command_exports_a_trained_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("run", sorted(RUNS.keys() - {"none"}))
+def test_the_command_exports_a_trained_run(
+    run: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("onnx", "litert"):
         exporter_of(name)
     capsys.readouterr()
-    assert main(["export", str(runs / "int8"), "--to", "onnx,litert", "--json"]) == 0
+    assert main(["export", str(runs / run), "--to", "onnx,litert", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    summary = json.loads((runs / "int8" / "summary.json").read_text())
+    summary = json.loads((runs / run / "summary.json").read_text())
     assert [item["exporter"] for item in found] == ["onnx", "litert"]
     for item in found:
         assert item["trained_accuracy"] == pytest.approx(summary["accuracy"])
@@ -560,7 +617,6 @@ def test_the_command_quantizes_a_float_run(
 
 
 def test_one_image_calibrates_with_a_warning(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from fedq import config
     from fedq.results import read_config, read_model
 
     experiment = config.load_resumed(read_config(runs / "none"), [])

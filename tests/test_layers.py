@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing metrics physics pacing budgets",
+        "sealing metrics physics pacing budgets topologies capacity pruning distillation",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records strategy client engines asynchronous secure_client secure_server flower",
+        "records cohort strategy client engines asynchronous secure_client secure_server flower",
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),

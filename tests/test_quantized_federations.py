@@ -17,6 +17,7 @@ from fedq.errors import ConfigError
 from fedq.layout import Layout
 from fedq.models import create
 from fedq.models.norms import FROZEN, LOCAL
+from fedq.results import read_rounds
 from fedq.simulation import run_experiment
 from fedq.state import StateStore
 from fedq.training import Trainer
@@ -56,6 +57,16 @@ def test_widths_take_turns_and_keep_states_of_their_own(tmp_path: Path) -> None:
     ranges = {v: tensors[f"{v}.activation_quantizers.relu3.hi"] for v in ("w2", "w8", "float")}
     assert ranges["w2"] != ranges["w8"]
     assert ranges["float"] == 0  # a float client observes nothing
+
+
+def test_slower_devices_train_narrower_weights(tmp_path: Path) -> None:
+    mixed = ("quantization=mixed", "quantization.widths=[8,4]", "width_by=speed")
+    shelf = ("fleet=pi_shelf", "fleet.devices=[pi_5,pi_zero_2_w]", "fleet.links=[wifi,wifi]")
+    _run(tmp_path, *mixed, *shelf, "fleet.shares=[0.75,0.25]", "rounds=2", "clients=4")
+    records = read_rounds(tmp_path / "run")
+    assert [record.get("widths") for record in records] == [None, *2 * [{"w8": 3, "w4": 1}]]
+    with pytest.raises(ConfigError, match="look at devices"):
+        _run(tmp_path / "none", *mixed)
 
 
 def test_a_mixed_federation_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ def test_order_of_replies_does_not_matter(aggregator: str) -> None:
     assert len(set(results)) == 1
 
 
+def test_what_is_different_in_a_round_goes_out_with_it() -> None:
+    fedq = strategy(task={"training": 0, "model": "m"}, schedule=lambda r: {"training": 10 * r})
+    state = dataclasses.replace(fedq.initial(ZERO), round=2)
+    asked = fedq.request(state)
+    assert (asked["training"], asked["model"], asked["round"]) == (30, "m", 3)
+
+
 def _hostile(kind: str, message: Message, good: Message) -> Message:
     blob = unpack(good.content)
     parts = wire.unseal(blob).parts

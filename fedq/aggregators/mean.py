@@ -8,14 +8,16 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedq import wire
 from fedq.aggregators import _exact
 from fedq.aggregators.base import Stream, Weights, check_update
 from fedq.aggregators.blockwise import Blockwise, Products
-from fedq.errors import ConfigError
+from fedq.errors import ConfigError, DecodeError
 from fedq.jit import jit
 from fedq.layout import Vector
 from fedq.registry import register
 
+_SUM_BYTES = 16
 _BLOCK = 4096  # float64 sums that stay in the first-level cache
 
 
@@ -85,6 +87,11 @@ class MeanStream(Stream):
         self.count = 0
 
     @property
+    def units(self) -> int:
+        """The sum of the weights, in multiples of ``2**-10``."""
+        return self._units
+
+    @property
     def weight(self) -> float:
         """The sum of the weights as they were rounded."""
         return self._units / self.WEIGHT_UNITS
@@ -123,6 +130,74 @@ class MeanStream(Stream):
         self._units += other._units
         self.count += other.count
 
+    def add_mean(self, mean: Vector, units: int, count: int) -> None:
+        """Add the mean of ``count`` updates that weighed ``units`` in all, as one update.
+
+        Args:
+          mean: As an update of :meth:`add`.
+          units: A sum of weights, in multiples of ``2**-10``.
+          count: Updates, at least 1.
+
+        Raises:
+          ConfigError: As :meth:`add` does, or if ``count`` updates cannot weigh so much.
+        """
+        check_update(mean, self._high.size)
+        self._check_count(count)
+        if not 0 < units < count * _MAX_UNITS:
+            raise ConfigError(f"{count} updates cannot weigh {units} units")
+        bits = np.ascontiguousarray(mean).view(np.int32)
+        if not _exact.in_range(bits):
+            raise ConfigError(f"a mean of updates must be below 2**{_exact.RANGE_BITS}")
+        left = units
+        while left:  # of integers, so that the pieces are the whole
+            piece = min(left, _MAX_UNITS - 1)
+            _exact.add(self._high, self._low, bits, piece)
+            left -= piece
+        self._units += units
+        self.count += count
+
+    def dump(self) -> bytes:
+        """Return all that was added, exactly: for :meth:`load` in another process.
+
+        ``varint count | varint units | first u8 | end u8 | d (end - first) bytes``: of each sum,
+        in two's complement and little-endian, the bytes from ``first`` on and below ``end``; the
+        others follow, as zeros and signs.
+        """
+        words = np.stack([self._low, self._high.view(np.uint64)], axis=1).astype("<u8", copy=False)
+        columns = words.view(np.uint8).reshape(-1, _SUM_BYTES)
+        used = columns.any(axis=0)
+        first, end = (int(used.argmax()) if used.any() else 0), _SUM_BYTES
+        while end > first + 1 and (columns[:, end - 1] == _signs(columns[:, end - 2])).all():
+            end -= 1
+        head = wire.varint(self.count) + wire.varint(self._units) + bytes([first, end])
+        return head + columns[:, first:end].tobytes()
+
+    @classmethod
+    def load(cls, data: bytes | memoryview, d: int) -> MeanStream:
+        """Read what :meth:`dump` wrote for (d,) updates.
+
+        Raises:
+          DecodeError: If it is not of this size, or more than so many updates can sum to.
+        """
+        reader = wire.Reader(data)
+        count, units, first, end = reader.varint(), reader.varint(), reader.byte(), reader.byte()
+        if count > cls.MAX_COUNT or units > count * _MAX_UNITS:
+            raise DecodeError(f"{count} updates that weigh {units} units")
+        if not first < end <= _SUM_BYTES:
+            raise DecodeError(f"sums of the bytes {first} to {end}")
+        body = np.frombuffer(reader.take(d * (end - first)), np.uint8).reshape(d, end - first)
+        reader.end()
+        columns = np.zeros((d, _SUM_BYTES), np.uint8)
+        columns[:, first:end] = body
+        columns[:, end:] = _signs(body[:, -1])[:, None]
+        words = columns.view("<u8").astype(np.uint64, copy=False)
+        stream = cls(d)
+        stream._low[:], stream._high[:] = words[:, 0], words[:, 1].view(np.int64)
+        if (np.abs(stream._high >> 1) > count << 41).any():
+            raise DecodeError(f"sums beyond what {count} updates come to")
+        stream._units, stream.count = units, count
+        return stream
+
     def result(self) -> Vector:
         """Return the mean so far, (d,) float32; more updates may follow.
 
@@ -146,6 +221,14 @@ class MeanStream(Stream):
     def _check_count(self, more: int) -> None:
         if self.count + more > self.MAX_COUNT:
             raise ConfigError(f"a stream holds at most {self.MAX_COUNT} updates")
+
+
+_MAX_UNITS = MeanStream.MAX_WEIGHT * MeanStream.WEIGHT_UNITS
+
+
+def _signs(top: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the byte that extends a number whose highest one is ``top``."""
+    return np.where(top & 0x80, np.uint8(0xFF), np.uint8(0))
 
 
 @jit

@@ -40,6 +40,15 @@ _FLATTEN = {torch.flatten, "flatten", "view", "reshape", torch.reshape}
 _CONCAT = {torch.cat, torch.concat}
 _MEAN = {torch.mean, "mean"}
 
+#: What to do about what has no integer kernel, by kind.
+_PER_EXAMPLE = (
+    "statistics of each example do not fold into a layer; train with model.norm=batch, local or"
+    " frozen, or with batch normalisation in a model of your own"
+)
+_REMEDIES = dict.fromkeys(
+    ("GroupNorm", "LayerNorm", "InstanceNorm1d", "InstanceNorm2d", "group_norm", "layer_norm"),
+    _PER_EXAMPLE,
+)
 #: The smallest factor between an accumulator and an output step that kernels can hold (XNNPACK).
 _SMALLEST_FACTOR = 2.0**-31
 _LARGEST_BIAS = 2.0**30
@@ -392,9 +401,10 @@ class _Converter:
             where = f"a call of {kind} in {owner}"
         else:
             where = f"{node.target} ({kind})"
+        why = _REMEDIES.get(kind, "it has no integer kernel in every runtime")
         return ConfigError(
-            f"cannot export {where}{' ' + how if how else ''}: it has no integer kernel in every"
-            " runtime; docs/export.md lists what has"
+            f"cannot export {where}{' ' + how if how else ''}: {why}; docs/export.md lists what has"
+            " an integer form"
         )
 
 

@@ -17,6 +17,7 @@ from fedq.data.base import Dataset, load
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
 from fedq.models.base import create
+from fedq.models.structure import without_empty_channels
 from fedq.quantization.base import Quantization
 from fedq.quantization.fake import FakeQuantizer
 from fedq.quantization.placement import ACTIVATIONS
@@ -108,6 +109,8 @@ def source(
         count = calibrate or CALIBRATION
         given = plain  # ranges anew
     _fill(network, {name: tensors[name] for name in wanted & given})
+    if experiment.pruning.active:
+        without_empty_channels(network)
     if count and hasattr(network, ACTIVATIONS):
         count = _calibrate(network, dataset, count, experiment.seed)
     return Source(network, quantization, dataset, count)

@@ -304,6 +304,8 @@ def _onnx(model: Path, threads: int) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    # Without VNNI, sums of u8 x s8 products saturate at 16 bits, silently; this keeps them exact.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
         _content(model), options, providers=["CPUExecutionProvider"]
     )

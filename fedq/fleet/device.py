@@ -122,6 +122,8 @@ class _Node:
         self.inflight, self.sending, self.measured = (
             self.device.state / name for name in ("message", "reply", "profile.json")
         )
+        self.soon = threading.Event()
+        self.profile = Profile()
         self._learn(Profile.read(self.measured))
         self.artefacts = Artefacts(self.device.artefacts, self.device.ca.read_bytes())
         self.refused = ""
@@ -131,7 +133,6 @@ class _Node:
             self.link.report["weight_bits"] = self.device.node["weight-bits"]
         self.moved = self.asked = time.monotonic()
         self.worked = -math.inf
-        self.soon = threading.Event()
         self.runs: dict[int, dict[str, Any]] = {}
         self.node = flower.Node()
 
@@ -139,7 +140,7 @@ class _Node:
         """Go on line, finish what was begun, and answer what comes."""
         LOG.info("%s connects to %s", self.device.name, self.device.server)
         try:
-            self.link.invoke(self._join)
+            self.link.invoke(self._arrive)
             threading.Thread(target=self._heartbeats, daemon=True).start()
             LOG.info("%s is on line as node %d", self.device.name, self.node.node_id)
             health.notify("READY=1\nSTATUS=waiting for work")
@@ -167,6 +168,12 @@ class _Node:
             self._run_release()
             if self.moved - asked < 0.05:  # a server that does not wait: Flower's own
                 self.stopped.wait(3.0)
+
+    def _arrive(self) -> None:
+        """Go on line, and tell how fast the uplink is; tried once."""
+        with contextlib.suppress(httpx.HTTPStatusError):  # what follows says what is wrong
+            self._learn(self.profile.sent(*self.link.measure()))
+        self._join()
 
     def _join(self) -> None:
         self.node = flower.Node(node_id=_go_on_line(self.link, self.device))
@@ -213,6 +220,8 @@ class _Node:
         self.link.ConfirmMessageReceived(request)
 
     def _learn(self, profile: Profile) -> None:
+        if not profile.like(self.profile):
+            self.soon.set()  # the next round may ask this device for something else
         self.profile = profile
         self.link.report.update(profile.report())
 

@@ -51,6 +51,8 @@ OBJECT = "/v1/fleet/push-object"
 #: Where a device gets the files of a release: digest, name and offset follow.
 RELEASE = "/v1/fedq/release/"
 PIECE_BYTES = 1 << 18
+#: Where a device sends bytes to see how long that takes.
+PROBE = "/v1/fedq/probe"
 #: Where the administrator's side asks what the gateway has seen, and says that there are releases.
 SEEN, RELEASED = "/v1/fedq/devices", "/v1/fedq/released"
 #: A run's requests that name devices with work, and that complete what the work consists of.
@@ -160,6 +162,8 @@ class Gateway:
                 await _answer(send, 200, b"{}")
                 return
             await self._serve_administrator(scope, receive, send)
+        elif path == PROBE:
+            await self._serve_probe(scope, receive, send)
         elif path.startswith(RELEASE):
             await self._serve_release(scope, send)
         elif not path.startswith(FLEET_API):
@@ -186,12 +190,28 @@ class Gateway:
         self._work.set()
         self._work = asyncio.Event()
 
-    async def _serve_release(self, scope: Scope, send: Send) -> None:
+    def _signer(self, scope: Scope) -> str | None:
+        """Return the device that signed a request, None if none of this fleet did."""
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
         }
         key = self._releases.signer(headers)
-        name = None if key is None else self._name(key)
+        return None if key is None else self._name(key)
+
+    async def _serve_probe(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._signer(scope) is None:
+            await _answer(send, 401, b'{"detail": "not a device of this fleet"}')
+            return
+        try:
+            async with self._body(scope["path"], dict(scope["headers"]), True, receive):
+                pass
+        except _RefusedError as error:
+            await _answer(send, error.status, json.dumps({"detail": str(error)}).encode())
+            return
+        await _answer(send, 200, b"")
+
+    async def _serve_release(self, scope: Scope, send: Send) -> None:
+        name = self._signer(scope)
         digest, _, rest = scope["path"].removeprefix(RELEASE).partition("/")
         file, _, offset = rest.partition("/")
         if name is None:
@@ -381,7 +401,7 @@ class _RefusedError(Exception):
         self.status = status
 
 
-_MOST = {OBJECT: MAX_OBJECT_BYTES}
+_MOST = {OBJECT: MAX_OBJECT_BYTES, PROBE: MAX_STRANGERS_BYTES}
 
 
 def report_of(header: bytes) -> dict[str, Any]:

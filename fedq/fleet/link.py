@@ -9,6 +9,7 @@ from __future__ import annotations
 import email.utils
 import json
 import logging
+import os
 import random
 import ssl
 import time
@@ -22,11 +23,14 @@ import httpx
 from fedq.errors import FedqError
 from fedq.fleet import flower, health, identity
 from fedq.fleet.files import Device
-from fedq.fleet.gateway import PIECE_BYTES, RELEASE, REPORT, WAIT, WANTED
+from fedq.fleet.gateway import PIECE_BYTES, PROBE, RELEASE, REPORT, WAIT, WANTED
+from fedq.fleet.profile import LEAST_SENT_BYTES
 
 LOG = logging.getLogger("fedq")
 T = TypeVar("T")
 CONNECT_S = 15.0
+#: What a device sends at its start, to know its uplink before the first update.
+PROBE_BYTES = LEAST_SENT_BYTES
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
 #: What the server accepts of a clock; see Flower's node authentication.
 AHEAD_S, BEHIND_S = 5.0, 300.0
@@ -166,12 +170,7 @@ class Link(flower.FleetHttpClient):
 
     def fetch(self, digest: str, name: str, offset: int) -> bytes:
         """Return part of a file of a release; empty at its end, and where there is none."""
-        url = f"https://{self.server}{RELEASE}{digest}/{name}/{offset}"
-        request = self._client.build_request("GET", url)
-        about = flower.ProtobufRequestContext("fedq/GetRelease", flower.Node(), request)
-        response = self._signer.intercept(
-            about, lambda context: self._client.send(context.request, stream=True)
-        )
+        response = self._signed("GET", f"{RELEASE}{digest}/{name}/{offset}")
         try:
             if response.status_code == httpx.codes.NOT_FOUND:
                 return b""
@@ -184,6 +183,29 @@ class Link(flower.FleetHttpClient):
             return bytes(data)
         finally:
             response.close()
+
+    def measure(self) -> tuple[int, float]:
+        """Send bytes that nobody keeps; return how many, and the seconds that took.
+
+        Raises:
+          httpx.HTTPError: If the server does not take them.
+        """
+        for size_bytes in (0, PROBE_BYTES):  # the first one opens the connection
+            start = time.monotonic()
+            response = self._signed("POST", PROBE, os.urandom(size_bytes))
+            response.close()
+            response.raise_for_status()
+        return PROBE_BYTES, time.monotonic() - start
+
+    def _signed(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+        """Return the response, yet to be read, to a request that is signed as Flower's are."""
+        request = self._client.build_request(
+            method, f"https://{self.server}{path}", content=content
+        )
+        about = flower.ProtobufRequestContext("fedq", flower.Node(), request)
+        return self._signer.intercept(
+            about, lambda context: self._client.send(context.request, stream=True)
+        )
 
     def explain(self, error: Exception) -> Exception:
         """Return what to say about a failed request.

@@ -1,7 +1,7 @@
 """What a device has learnt of itself at work: how fast it trains, and how fast its link sends.
 
-Measured on what was done anyway, and kept on disk: written when a figure has changed by a quarter,
-or decides otherwise, which is seldom.
+Measured on what was done anyway, and the uplink once more at each start. Kept on disk: written when
+a figure has changed by a quarter, or decides otherwise, which is seldom.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Profile:
         """Return what is on disk; nothing known if that is not readable."""
         try:
             data = json.loads(path.read_text())
-            return cls(**{name: _speed(data.get(name)) for name in ("images_s", "up_bytes_s")})
+            return cls(**{name: positive(data.get(name)) for name in ("images_s", "up_bytes_s")})
         except (OSError, ValueError, AttributeError):
             return cls()
 
@@ -58,14 +58,16 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the profile if it differs from what is on disk by enough to matter."""
-        before, now = self.read(path), self.report()
-        same = before.chunk_bytes(0) == self.chunk_bytes(
-            0
-        )  # a reply begun is the same after a kill
-        if same and all(_close(getattr(before, name), value) for name, value in now.items()):
+        before = self.read(path)
+        # A reply that was begun is the same after a kill.
+        if before.chunk_bytes(0) == self.chunk_bytes(0) and self.like(before):
             return
         with contextlib.suppress(OSError):  # a full disk
-            write_json(path, now)
+            write_json(path, self.report())
+
+    def like(self, before: Profile) -> bool:
+        """Whether no figure differs by enough to matter."""
+        return all(_close(getattr(before, name), value) for name, value in self.report().items())
 
     def report(self) -> dict[str, Any]:
         """Return what is known."""
@@ -84,7 +86,8 @@ class Profile:
         return min(max(piece, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
 
 
-def _speed(value: object) -> float | None:
+def positive(value: object) -> float | None:
+    """Return a figure that is one; None for anything else."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 < value < math.inf else None  # type: ignore[arg-type,operator]
 

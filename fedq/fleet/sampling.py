@@ -1,13 +1,17 @@
-"""Who of a fleet is asked: devices that have told what they are, and are enough."""
+"""Which devices a run asks, and what it knows of them: by what they report of themselves."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
+from fedq.capacity import Capacities, Capacity
 from fedq.engines.stream import StreamGrid
+from fedq.errors import FedqError
 from fedq.fleet import control
 from fedq.fleet.files import Fleet
+from fedq.fleet.profile import positive
 
 # isort: split
 from flwr.proto.node_pb2 import NodeInfo
@@ -29,6 +33,7 @@ class FittingGrid(StreamGrid):
         super().__init__(grid)
         self._fleet, self._least = fleet, min_memory_mb
         self._memory_mb: dict[bytes, int] = {}
+        self._reports: dict[bytes, dict[str, Any]] = {}
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """Return the nodes that fit."""
@@ -45,11 +50,27 @@ class FittingGrid(StreamGrid):
             return self._grid.get_node_ids()
         return [node.node_id for node in self.get_nodes()]
 
+    def capacities(self) -> Capacities:
+        """Return what the devices have measured, by node."""
+        self._look()
+        known = {}
+        for node in self._grid.get_nodes():
+            report = self._reports.get(node.public_key, {})
+            up_bytes_s = positive(report.get("up_bytes_s"))
+            uplink_mbps = None if up_bytes_s is None else 8e-6 * up_bytes_s
+            known[node.node_id] = Capacity(uplink_mbps, positive(report.get("images_s")))
+        return Capacities(known)
+
     def _look(self) -> None:
-        seen = control.seen(self._fleet)
+        try:
+            seen = control.seen(self._fleet)
+        except FedqError:  # a server that is started again; what was known goes on
+            return
         for name, key in self._fleet.nodes().items():
-            memory_mb = seen.get(name, {}).get("report", {}).get("ram_mb")
-            if isinstance(memory_mb, int | float) and key not in self._memory_mb:
+            report = self._reports.setdefault(key, {})
+            report.update(seen.get(name, {}).get("report", {}))
+            memory_mb = positive(report.get("ram_mb"))
+            if memory_mb is not None and key not in self._memory_mb:
                 self._memory_mb[key] = int(memory_mb)
                 if memory_mb < self._least:
                     LOG.warning("%s is not asked: it has %d MB of memory", name, memory_mb)

@@ -141,7 +141,14 @@ def run(
             write_json(fleet.path("run.json"), {"path": str(path), "rounds": experiment.rounds})
             with _grid(fleet, known) as grid:
                 fitting = FittingGrid(grid, fleet, least)
-                server.run(fitting, experiment, dataset, directory, observer=observer)
+                server.run(
+                    fitting,
+                    experiment,
+                    dataset,
+                    directory,
+                    capacities=fitting.capacities,
+                    observer=observer,
+                )
     return path
 
 

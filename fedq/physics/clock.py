@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fedq.capacity import Capacities, Capacity
 from fedq.errors import FedqError
 from fedq.physics.fleets.base import Fleet, Member
 from fedq.physics.links.base import Transfer
@@ -106,19 +110,23 @@ class Clock:
       (1.0, 0.22)
     """
 
-    def __init__(self, fleet: Fleet, seed: int, macs: Sequence[float]) -> None:
-        self.fleet, self._seed, self._macs = fleet, seed, macs
+    def __init__(self, fleet: Fleet, seed: int, macs: ArrayLike) -> None:
+        self.fleet, self._seed, self._macs = fleet, seed, np.asarray(macs, np.float64)
 
     @cached_property
-    def members(self) -> list[Member]:
+    def members(self) -> Sequence[Member]:
         """Devices and links by place."""
         return self.fleet.members(len(self._macs), self._seed)
 
     @cached_property
-    def median_uplink_mbps(self) -> float:
-        """The median of the fleet's links; the upper one of two."""
-        rates = sorted(member.link.uplink_mbps for member in self.members)
-        return rates[len(rates) // 2]
+    def capacities(self) -> Capacities:
+        """What devices and links are made for, by place."""
+        return Capacities(
+            {
+                place: Capacity(member.link.uplink_mbps, member.device.training_macs_s)
+                for place, member in enumerate(self.members)
+            }
+        )
 
     @property
     def always(self) -> bool:
@@ -179,7 +187,7 @@ class Clock:
         train_s = 0.0
         if trains:
             slow = generator(seed("straggler")).standard_normal() * self.fleet.straggler_sigma
-            train_s = math.exp(slow) * self._macs[place] / member.device.training_macs_s
+            train_s = math.exp(slow) * float(self._macs[place]) / member.device.training_macs_s
         return Exchange(
             member.link.down(down_bytes, seed("down")),
             train_s,

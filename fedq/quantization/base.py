@@ -36,6 +36,11 @@ class Quantization(abc.ABC):
         """Names of the kinds of clients, one for most: they share weights, each has a state."""
         return ("",)
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether a weight that is zero is zero on the device, whichever layer it is of."""
+        return True
+
     @abc.abstractmethod
     def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network that trains with the errors of quantization.

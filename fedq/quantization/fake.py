@@ -52,6 +52,11 @@ class Grid:
     scale: Tensor
     zero_point: Tensor | None = None
 
+    def multiples(self) -> Tensor:
+        """Return the weight in whole steps of its scale, int16: all that a kernel needs to know."""
+        integers = self.integers.short()
+        return integers if self.zero_point is None else integers - self.zero_point
+
     def values(self) -> Tensor:
         """Return the weight, float32."""
         if self.zero_point is None:

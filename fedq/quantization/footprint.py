@@ -41,7 +41,7 @@ def footprint(model: nn.Module) -> dict[str, Any]:
             grid = quantizer.grid(weight)
             size += -(-quantizer.bits * weight.numel() // 8) + 4 * grid.scale.numel()
             quantized.add(id(weight))
-            values = grid.integers if grid.zero_point is None else grid.values()
+            values = grid.multiples()
         zeros, weights = zeros + int((values == 0).sum()), weights + weight.numel()
     size += sum(4 * p.numel() for p in model.parameters() if id(p) not in quantized)
     return {"weight_bytes": size, "zero_weights": round(zeros / max(weights, 1), 6)}

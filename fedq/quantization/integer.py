@@ -1,8 +1,7 @@
 """What a fake quantizer means in integers: the seam between training and export.
 
-Only values count, so any quantizer whose levels are whole multiples of one step per channel has an
-integer form, whatever it is called: uniform, LSQ, ternary, powers of two. What has none (a codebook
-of free centroids) is refused.
+Every weight quantizer ends on a grid (:class:`fedq.quantization.fake.Grid`), and only its multiples
+count here, whatever made them: uniform, LSQ, ternary, powers of two, a codebook.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedq.errors import ConfigError
-from fedq.quantization.fake import SMALLEST_SCALE, FakeQuantizer
+from fedq.quantization.fake import SMALLEST_SCALE, WeightQuantizer
 
 #: The narrow range of int8: closed under the sign of a batch normalisation's gain.
 LARGEST = 127
-_TOLERANCE = 1e-3  # steps; float32 rounding moves a level of 127 steps by 2e-5
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
       path: Its name in the network, for errors.
 
     Raises:
-      ConfigError: If the weight is not finite, or its levels are no multiples of one step.
+      ConfigError: If the weight is not finite, in float, or beyond 127 steps.
 
     Example:
       >>> from fedq.quantization.uniform import Uniform
@@ -87,32 +85,28 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
       [[7, -3], [0, 0]]
     """
     quantizer, weight = layer.weight_quantizer, layer.weight
-    assert isinstance(quantizer, FakeQuantizer)
+    assert isinstance(quantizer, WeightQuantizer)
     assert isinstance(weight, torch.Tensor)
     if not torch.isfinite(weight).all():
         raise ConfigError(f"the weight of {path} holds NaN or infinity; train again")
-    with torch.no_grad():
-        quantized = quantizer(weight).double().flatten(1).numpy()
-    largest = np.abs(quantized).max(axis=1)
-    ratios = quantized / np.maximum(largest, SMALLEST_SCALE)[:, None]
-    levels = np.zeros(len(largest), int)
-    left = np.flatnonzero(largest > 0)
-    for count in range(1, LARGEST + 1):
-        steps = ratios[left] * count
-        fits = (np.abs(steps - np.rint(steps)) < _TOLERANCE).all(axis=1)
-        levels[left[fits]] = count
-        left = left[~fits]
-        if not left.size:
-            break
-    else:
+    if not quantizer.enabled:
+        raise ConfigError(
+            f"the weight of {path} is in float and has no integer form; export with --quantization"
+        )
+    grid = quantizer.grid(weight)
+    multiples = grid.multiples().flatten(1).numpy()
+    channels = len(multiples)
+    common = np.gcd.reduce(multiples, axis=1)
+    values = multiples // np.maximum(common, 1)[:, None]
+    if np.abs(values).max(initial=0) > LARGEST:
         kind = type(quantizer).__name__
         raise ConfigError(
-            f"the weight of {path} ({kind}) has no exact integer form: its levels are not multiples"
-            f" of one step, at most {LARGEST}; export a model of a symmetric uniform quantizer"
+            f"the weight of {path} ({kind}) does not fit int8: it is {np.abs(values).max()} steps"
+            f" of its scale, more than {LARGEST}; export a model of symmetric weights"
         )
-    values = np.rint(ratios * levels[:, None]).astype(np.int8).reshape(tuple(weight.shape))
-    scales = np.where(levels > 0, largest / np.maximum(levels, 1), SMALLEST_SCALE)
-    return IntegerWeight(values, scales)
+    scale = grid.scale.double().flatten().expand(channels).numpy()
+    scales = np.where(common > 0, scale * common, SMALLEST_SCALE)
+    return IntegerWeight(values.astype(np.int8).reshape(tuple(weight.shape)), scales)
 
 
 def activation_grid(quantizer: nn.Module, path: str) -> IntegerGrid:

@@ -95,6 +95,11 @@ class Qat(Quantization):
         """The widths, as in reports."""
         return tuple(f"w{bits}" if bits else "float" for bits in self.widths) or ("",)
 
+    @property
+    def has_zero(self) -> bool:
+        """Whether all weight schemes have."""
+        return all(s.has_zero for s in (self.weights, self.first_last) if s is not None)
+
     def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network with fake quantizers."""
         width = self.widths[variant] if self.widths else None

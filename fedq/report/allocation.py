@@ -44,13 +44,16 @@ def draw(allocation: Allocation, path: Path) -> None:
     for kind, colour, style in (
         ("front", COLOURS[0], "o-"),
         ("uniform", FAINT, "s-"),
-        ("chosen", COLOURS[1], "D"),
+        ("knapsack", COLOURS[1], "D"),
+        ("search", COLOURS[2], "*"),
     ):
         points = sorted(
             (point["cost"], metric.scale * point[metric.name])
             for point in allocation.measured
             if point["kind"] == kind
         )
+        if not points:
+            continue
         costs, scores = zip(*points, strict=True)
         axes.plot(costs, scores, style, color=colour, label=kind, markersize=5, linewidth=1.2)
     axes.axvline(allocation.budget, color=FAINT, linewidth=0.8, linestyle=":")

@@ -64,9 +64,14 @@ class Run:
 
     @property
     def codec(self) -> str:
-        """The uplink codec and the options that differ from its defaults, in one line."""
+        """The uplink codec and the options that differ from its defaults, in one line.
+
+        Of a pruned model also how much of it is zero.
+        """
         choice = self.config.get("codec")
-        return registry.describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
+        name = registry.describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
+        zeros = number(self.summary.get("sparsity"))
+        return f"{name}, {zeros:.0%} pruned" if zeros else name
 
     @cached_property
     def is_float(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +137,6 @@ class Subject:
         return self.dataset.test_inputs()[rows], self.dataset.y_test[rows]
 
     @cached_property
-    def parts(self) -> list[NDArray[np.int64]]:
+    def parts(self) -> Sequence[NDArray[np.int64]]:
         """The training rows of each client; some may be empty."""
         return partition(self.experiment, self.dataset)

@@ -19,6 +19,7 @@ from fedq.fleet.gateway import (
     MAX_STRANGERS_BYTES,
     MOST_DELIVERIES,
     OBJECT,
+    PROBE,
     PULL,
     PUSH,
     RELEASE,
@@ -319,6 +320,23 @@ def test_a_device_is_told_of_its_release_and_fetches_it() -> None:
         stranger = {**signed, KEY_HEADER: base64.b64encode(b"stranger")}
         for unknown in ({KEY_HEADER: KEY}, stranger):
             assert (await request(served, f"{place}/model/0", headers=unknown))[0] == 401
+
+    run(test)
+
+
+def test_a_device_may_see_how_fast_it_sends() -> None:
+    async def test() -> None:
+        app = SuperLink()
+        served = gateway(app)
+        own = {KEY_HEADER: KEY, "signed": b"yes"}
+        assert await request(served, PROBE, bytes(MAX_STRANGERS_BYTES), headers=own) == (200, b"")
+        too_much = bytes(MAX_STRANGERS_BYTES + 1)
+        assert (await request(served, PROBE, too_much, headers=own))[0] == 413
+        for headers in ({}, {KEY_HEADER: own[KEY_HEADER]}):
+            read: list[int] = []
+            assert (await request(served, PROBE, bytes(9), headers=headers, read=read))[0] == 401
+            assert read == []
+        assert app.asked == []
 
     run(test)
 

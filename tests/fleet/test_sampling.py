@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from fedq.capacity import Capacity
+from fedq.errors import FedqError
 from fedq.fleet import control
 from fedq.fleet.bundle import enrol
 from fedq.fleet.files import Fleet
@@ -27,7 +29,7 @@ class Nodes(InlineGrid):
         return [NodeInfo(node_id=n + 2, public_key=key) for n, key in enumerate(self.keys)]
 
 
-def test_devices_below_the_floor_or_silent_are_not_asked(
+def test_devices_are_asked_by_what_they_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1")
@@ -38,9 +40,12 @@ def test_devices_below_the_floor_or_silent_are_not_asked(
         "small": {"report": {"ram_mb": 512}},
     }
     asked: list[Fleet] = []
+    down = False
 
     def seen(fleet: Fleet) -> dict[str, Any]:
         asked.append(fleet)
+        if down:
+            raise FedqError("the fleet's server does not answer")
         return reports
 
     monkeypatch.setattr(control, "seen", seen)
@@ -55,3 +60,13 @@ def test_devices_below_the_floor_or_silent_are_not_asked(
     count = len(asked)
     assert [node.node_id for node in fitting.get_nodes()] == [2, 4]
     assert len(asked) == count  # all have told: the gateway is not asked again
+
+    reports["large"]["report"] |= {"up_bytes_s": 1e6, "images_s": 250.0}
+    reports["small"]["report"] |= {"up_bytes_s": "fast", "images_s": -1}  # whoever says so
+    reports["silent"]["report"] |= {"up_bytes_s": 5e5}
+    wanted = [Capacity(8.0, 250.0), Capacity(), Capacity(4.0)]
+    assert [fitting.capacities()[node] for node in (2, 3, 4)] == wanted
+    down = True  # while the server is started again, and has not been told anything yet
+    assert [fitting.capacities()[node] for node in (2, 3, 4)] == wanted
+    down, reports = False, {}
+    assert [fitting.capacities()[node] for node in (2, 3, 4)] == wanted

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedq import ConfigError, available, build
 from fedq.data.partitions import Partition
+from fedq.data.partitions.base import Disjoint, Parts, Shares
 from fedq.registry import from_config, lookup, to_config
 
 CASES = [
@@ -18,12 +19,13 @@ CASES = [
     for options in lookup("partition", name).examples
 ]
 every = pytest.mark.parametrize("partition", CASES)
+disjoint = pytest.mark.parametrize(
+    "partition", [case for case in CASES if isinstance(case.values[0], Disjoint)]
+)
 LABELS = np.random.default_rng(0).permutation(np.arange(4000) % 10)
 
 
-def split(
-    partition: Partition, labels: NDArray[np.int64], clients: int, seed: int = 0
-) -> list[NDArray[np.int64]]:
+def split(partition: Partition, labels: NDArray[np.int64], clients: int, seed: int = 0) -> Parts:
     """Split with as many client ids as ``natural`` needs."""
     groups = np.random.default_rng(1).permutation(np.arange(len(labels)) % (clients + 3))
     if len(labels) < clients + 3:
@@ -31,7 +33,7 @@ def split(
     return partition.split(labels, clients, seed, groups)
 
 
-def class_shares(parts: list[NDArray[np.int64]], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def class_shares(parts: Parts, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return (clients, classes): which part of a client's rows is of a class."""
     counts = np.array([np.bincount(labels[part], minlength=10) for part in parts], float)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -42,7 +44,7 @@ def test_configuration_round_trips(partition: Partition) -> None:
     assert from_config("partition", to_config(partition)) == partition
 
 
-@every
+@disjoint
 @settings(max_examples=40, deadline=None)
 @given(
     labels=st.lists(st.integers(0, 5), min_size=1, max_size=200).map(np.array),
@@ -75,7 +77,7 @@ def test_inputs_are_not_written_to(partition: Partition) -> None:
     partition.split(labels, 50, 0, groups)
 
 
-@every
+@disjoint
 def test_more_clients_than_rows(partition: Partition) -> None:
     if partition.name == "natural":
         with pytest.raises(ConfigError, match="at most 4000"):
@@ -86,7 +88,7 @@ def test_more_clients_than_rows(partition: Partition) -> None:
     assert sum(part.size for part in parts) == 4000
 
 
-@every
+@disjoint
 def test_one_client_gets_everything(partition: Partition) -> None:
     (part,) = split(partition, LABELS, 1)
     assert np.array_equal(part, np.arange(4000))
@@ -108,6 +110,47 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         partition.split(labels, clients, 0, groups)
+
+
+@every
+def test_sizes_are_those_of_the_rows(partition: Partition) -> None:
+    parts = split(partition, LABELS, 60, seed=3)
+    filled = [part for part in parts if part.size]
+    assert parts.sizes.tolist() == [part.size for part in parts]
+    for kept in (parts.filled(), Shares.of(parts).filled()):
+        assert all(np.array_equal(*both) for both in zip(kept, filled, strict=True))
+    with pytest.raises(IndexError):
+        parts[60]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=3, max_size=200).map(np.array),
+    client=st.integers(0, 10**9),
+    alpha=st.sampled_from([None, 1e-3, 0.1, 10.0]),
+    seed=st.integers(-5, 2**63),
+)
+def test_a_client_draws_its_rows_whatever_the_others(
+    labels: NDArray[np.int64], client: int, alpha: float | None, seed: int
+) -> None:
+    draws = build("partition", "draws", rows=3, alpha=alpha)
+    rows = draws.split(labels, 10**9 + 1, seed)[client]
+    assert np.unique(rows).size == rows.size == 3
+    assert (np.diff(rows) > 0).all()
+    assert rows[0] >= 0
+    assert rows[-1] < labels.size
+    assert np.array_equal(rows, draws.split(labels, client + 1, seed)[client])
+
+
+def test_draws_follow_the_classes_of_the_data_and_alpha() -> None:
+    labels = np.repeat([0, 1, 2, 3], [400, 300, 200, 100])
+    for alpha in (None, 1e4, 0.05):
+        parts = build("partition", "draws", rows=50, alpha=alpha).split(labels, 400, 0)
+        shares = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 50
+        assert shares.mean(axis=0) == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.05)
+        assert (np.mean(shares.max(axis=1) > 0.9) > 0.7) == (alpha == 0.05)
+    with pytest.raises(ConfigError, match=r"partition\.rows"):
+        build("partition", "draws", rows=6).split(np.arange(5), 2, 0)
 
 
 def test_iid_shares_are_equal_in_size_and_classes() -> None:
@@ -217,6 +260,8 @@ def test_natural_says_what_it_lacks() -> None:
         ("dirichlet", {"alpha": float("nan")}),
         ("dirichlet", {"min_examples": -1}),
         ("shards", {"shards_per_client": 0}),
+        ("draws", {"rows": 0}),
+        ("draws", {"alpha": -1.0}),
     ],
 )
 def test_options_are_validated(name: str, options) -> None:

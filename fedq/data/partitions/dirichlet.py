@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedq.data.partitions.base import Indices, Partition
+from fedq.data.partitions.base import Disjoint, Indices
 from fedq.errors import ConfigError
 from fedq.registry import register
 
 
 @register("partition", "dirichlet")
-class Dirichlet(Partition):
+class Dirichlet(Disjoint):
     """Share out every class by its own Dirichlet draw over clients.
 
     For class k with n_k rows, ``p ~ Dir(alpha, ..., alpha)`` and client i gets about ``p_i n_k`` of

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedq.data.partitions.base import Indices, Partition, deal
+from fedq.data.partitions.base import Disjoint, Indices, deal
 from fedq.registry import register
 
 
 @register("partition", "iid")
-class Iid(Partition):
+class Iid(Disjoint):
     """Shuffle the rows and cut them into equal shares (McMahan et al. 2017, Section 3).
 
     Sizes differ by at most one row.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedq.data.partitions.base import Indices, Partition
+from fedq.data.partitions.base import Disjoint, Indices
 from fedq.errors import ConfigError
 from fedq.registry import register
 
 
 @register("partition", "natural")
-class Natural(Partition):
+class Natural(Disjoint):
     """Keep together what one person, device or place recorded (LEAF, Caldas et al. 2018).
 
     With as many clients as ids, client i holds the i-th id. With fewer, the ids are shuffled and

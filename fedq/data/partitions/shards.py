@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedq.data.partitions.base import Indices, Partition, deal
+from fedq.data.partitions.base import Disjoint, Indices, deal
 from fedq.errors import ConfigError
 from fedq.registry import register
 
 
 @register("partition", "shards")
-class Shards(Partition):
+class Shards(Disjoint):
     """Sort rows by class, cut them into shards, and give every client a few at random.
 
     With s shards per client of balanced classes most clients see at most s classes: the

@@ -1,0 +1,5 @@
+"""Which weights a round leaves out: one file each, found by the registry."""
+
+from fedq.pruning.base import Group, Pruning, Structure, Support
+
+__all__ = ["Group", "Pruning", "Structure", "Support"]
