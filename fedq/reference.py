@@ -65,10 +65,14 @@ GROUPS = {
     "pacing": "when a round closes, and who is asked meanwhile",
     "partition": "which client has which rows",
     "privacy": "noise on updates, and what it guarantees",
+    "pruning": "which weights become zero in training",
     "quantization": "what the deployed network computes with, and how training knows",
+    "read_out": "how the deployed model is read from the trained one",
     "secure_aggregation": "what the server learns of each update",
+    "server_distillation": "what the server learns from its cohort's models, beside their mean",
     "server_optimizer": "how the mean update moves the model",
     "task": "what the network learns; a data set says which",
+    "topology": "what lies between clients and server",
     "tracker": "where else the figures of each round go",
     "weight_quantizer": "how weights become integers in quantization-aware training",
 }
@@ -275,7 +279,9 @@ def _example(group: str, cls: Any) -> str:
 
 def _overrides(key: str, cls: Any) -> Iterator[str]:
     """Yield options at their defaults; where there is none, as in the class's first example."""
-    given: Mapping[str, Any] = next((e for e in getattr(cls, "examples", ()) if e), {})
+    examples = getattr(cls, "examples", ())
+    listed = examples if isinstance(examples, tuple) else ()  # it may be an option of that name
+    given: Mapping[str, Any] = next((example for example in listed if example), {})
     for name, field in registry.fields(cls).items():
         value = given.get(name) if field.default is None else field.default
         if value is None and (field.required or name == "path"):
