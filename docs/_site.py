@@ -19,6 +19,7 @@ SHOWN = (
     "docs/*.png",
     "docs/*.svg",
     "docs/*.json",
+    "docs/*.css",
     "benchmarks/README.md",
     "benchmarks/results/*.md",
     "benchmarks/results/*.png",
@@ -28,14 +29,16 @@ SHOWN = (
 )
 #: Parts of the menu that follow from what is there.
 LISTED = {"Reference": "docs/reference", "Results": "benchmarks"}
+FIRST = {"README", "presets", "run"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """List the pages that scripts write; name headings as Git hosts do."""
     menu: list[Any] = config.nav or []
     for title, folder in LISTED.items():
-        pages = sorted(str(path.relative_to(REPOSITORY)) for path in _pages(folder))
-        menu.append({title: sorted(pages, key=lambda page: not page.endswith("README.md"))})
+        found = REPOSITORY.glob(f"{folder}/**/*.md")
+        pages = sorted(found, key=lambda path: (path.stem not in FIRST, path))
+        menu.append({title: [path.relative_to(REPOSITORY).as_posix() for path in pages]})
     config.nav = menu
     config.mdx_configs["toc"] = {"slugify": lambda heading, _: slug(heading)}
     return config
@@ -51,7 +54,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = path.relative_to(REPOSITORY).as_posix()
             files.append(File(name, str(REPOSITORY), config.site_dir, config.use_directory_urls))
     return files
-
-
-def _pages(folder: str) -> list[Path]:
-    return [path for path in REPOSITORY.glob(f"{folder}/**/*.md") if "peers" not in path.parts]

@@ -21,11 +21,11 @@ PALE = {BLUE: "#E3EFF7", RED: "#FBE9DE", GREEN: "#DDF2EA", GREY: "#F2F2F2"}
 
 def draw() -> None:
     """Draw a round."""
-    with _make.picture(DOCS / "concepts_round.svg", (11, 5.4)) as figure:
+    with _make.picture(DOCS / "concepts_round.svg", (9, 4.5)) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(0, 110)
-        axes.set_ylim(0, 54)
+        axes.set_ylim(0, 55)
         _round(axes)
 
 
@@ -44,8 +44,8 @@ def _round(axes: Axes) -> None:
             color=INK,
             va="center",
         )
-        _arrow(axes, (70, 31 - 3.2 * place), (33.6, y + 8.6), BLUE)
-        _arrow(axes, (33.6, y + 4.2), (70, 27 - 3.2 * place), RED)
+        _arrow(axes, (70, 37 - 6.6 * place), (33.6, y + 8.6), BLUE)
+        _arrow(axes, (33.6, y + 4.2), (70, 33.5 - 6.6 * place), RED)
     _box(axes, 70, 10, 37, 36, GREEN)
     axes.text(72, 42.3, "server", fontsize=10, fontweight="bold", color=INK)
     steps = (
@@ -59,8 +59,8 @@ def _round(axes: Axes) -> None:
     for place, text in enumerate(steps):
         axes.text(73, 38.3 - 4.9 * place, text, fontsize=9.5, color=INK, va="center")
     for x, y, text, colour in (
-        (51, 49.2, "3  the model, quantized: only what changed", BLUE),
-        (51, 4.8, "4  each update, quantized and entropy-coded", RED),
+        (51, 49.2, "3  the model: only what changed", BLUE),
+        (51, 4.8, "4  each update, in a few tenths of a bit", RED),
     ):
         axes.text(
             x, y, text, fontsize=9.5, color=colour, ha="center", va="center", fontweight="bold"
@@ -108,11 +108,11 @@ def update(path: Path) -> None:
     payload = codec.encode(x, layout, seed=1)
     step = float(np.abs(x).max()) / (2**4 - 1)
     levels = np.round(x / step + np.random.default_rng(0).uniform(-0.5, 0.5, x.size))
-    counts = {level: int((levels == level).sum()) for level in range(-3, 4)}
+    counts = {level: int((levels == level).sum()) for level in range(-2, 3)}
     bits = 8 * len(payload) / x.size
-    with _make.picture(path, (11, 3.6)) as figure:
+    with _make.picture(path, (9, 3.2)) as figure:
         panels = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.8))
-        figure.subplots_adjust(left=0.03, right=0.985, bottom=0.17, top=0.86, wspace=0.16)
+        figure.subplots_adjust(left=0.03, right=0.985, bottom=0.18, top=0.85, wspace=0.12)
         titles = (
             "1  Real changes, on a grid",
             "2  Levels: nearly all are 0",
@@ -136,6 +136,7 @@ def update(path: Path) -> None:
         for place, (name, value, colour) in enumerate(rows):
             panels[2].barh(place, value, 0.45, color=colour)
             panels[2].text(0, place + 0.3, f"{name}: {value:.2g}", fontsize=9, color=INK)
+        panels[2].set_ylim(-0.4, 2.9)
         panels[2].set_xticks([])
         panels[2].spines["bottom"].set_visible(False)
 

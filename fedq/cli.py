@@ -364,7 +364,7 @@ class _Parser(argparse.ArgumentParser):
         return "\n".join(
             [
                 super().format_help(),
-                "choices, whose own options follow a dot, as in codec.bits=4:",
+                "choices, whose own options follow a dot, as in codec.bits=4; see fedq help codec:",
                 *(f"  {name + '=':18}{', '.join(config.choices(name))}" for name in names),
                 "",
                 "values:",

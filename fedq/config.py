@@ -80,8 +80,8 @@ def preset(option: str, name: str) -> str:
 def summary(option: str, name: str) -> str:
     """Return the comment at the head of a file in ``conf/``.
 
-    >>> summary("codec", "fedpaq")
-    'FedPAQ (Reisizadeh et al. 2020): stochastic levels of the vector, here per tensor.'
+    >>> summary("experiment", "fedadam")
+    'FedAdam (Reddi et al. 2021).'
     """
     head = itertools.takewhile(lambda line: line[:1] == "#", preset(option, name).splitlines())
     return " ".join(line.strip("# ") for line in head if "@package" not in line)

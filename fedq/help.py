@@ -33,14 +33,14 @@ def overview() -> str:
 
 
 def explain(what: str) -> str:
-    r"""Return what an option means, or a choice of it.
+    """Return what an option means, or a choice of it.
 
     Raises:
       ConfigError: On an unknown option or name, naming the nearest.
 
     Example:
-      >>> explain("partition=dirichlet").partition("options:\n")[2].splitlines()[0]
-      '  alpha           float = 0.5  Concentration: small is skewed, large is IID.'
+      >>> explain("rounds").splitlines()
+      ['rounds=30 (int)', 'Rounds of federated training.']
     """
     option, _, name = what.partition("=")
     values = {o.name: o for o in reference.run_options()}

@@ -26,7 +26,8 @@ _SECTION = re.compile(
 _ENTRY = re.compile(r"^  (\w[\w, ]*): (.*(?:\n(?:   .*|)$)*)", re.MULTILINE)
 #: Options in an example.
 _SHOWN = 3
-#: Groups that no option of a run is named after, and how theirs are chosen; NAME is the object's.
+#: How objects are chosen where no option of a run is named after their group, or where it takes
+#: more than that; NAME is the object's.
 _ROUTES = {
     "activation_quantizer": "fedq simulate quantization=qat quantization.activations=NAME",
     "availability": "fedq simulate fleet=pi_shelf fleet.availability=NAME",
@@ -35,8 +36,11 @@ _ROUTES = {
     "evaluation": "fedq evaluate RUN --suite full --only NAME",
     "evasion": "- {name: evasion, attacks: [apgd, NAME]}",
     "exporter": "fedq export RUN --to NAME",
+    "device=measured": "fedq simulate fleet=mixture 'fleet.devices=[{name: measured, path: PATH}]' "
+    "'fleet.links=[wifi]'",
     "link": "fedq simulate fleet=mixture 'fleet.devices=[pi_4]' 'fleet.links=[NAME]'",
     "pacing": "fedq simulate fleet=pi_shelf pacing=NAME",
+    "privacy=example_gaussian": "fedq simulate quantization=none privacy=NAME",
     "tracker": "fedq simulate 'trackers=[NAME]'",
     "weight_quantizer": "fedq simulate quantization=qat quantization.weights=NAME",
 }
@@ -213,7 +217,7 @@ def _joined(text: str) -> str:
 
 def _doc(obj: Any) -> str:
     """Return a docstring, with Sphinx's roles as plain code."""
-    return _ROLE.sub(r"``\1``", inspect.cleandoc(obj.__dict__.get("__doc__") or ""))
+    return _ROLE.sub(r"``\1``", inspect.cleandoc(obj.__doc__ or ""))
 
 
 def _options(cls: type) -> Iterator[Option]:
@@ -260,7 +264,8 @@ def _example(group: str, cls: Any) -> str:
     if group == "task":
         return ""
     option = next((key for key, value in CHOICES.items() if value == group), "")
-    route = _ROUTES.get(group, f"fedq simulate {option}=NAME")
+    route = f"fedq simulate {option}=NAME"
+    route = _ROUTES.get(f"{group}={cls.name}", _ROUTES.get(group, route))
     command = route.replace("NAME", cls.name).replace("[apgd, apgd]", "[apgd]")
     key = re.search(r"([\w.]+)=NAME$", route)
     if key is None:

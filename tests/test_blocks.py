@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from fedq import cli, config
+from fedq import cli, config, registry
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -117,8 +117,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory to be in, and the signal handlers as they were afterwards."""
+    """A directory to be in, and the signal handlers as they were afterwards."""
     monkeypatch.chdir(tmp_path)
+    Path("pi.json").write_text('{"training_macs_s": 1e9}')  # as `fedq fleet bench` writes it
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield tmp_path
     for number, handler in handlers.items():
@@ -191,6 +192,17 @@ def small(words: list[str]) -> list[str]:
     return [words[0], *(text for text in SMALL if text.partition("=")[0] not in keys), *words[1:]]
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_sentences_are_taken(path: Path) -> None:
+    """`fedq COMMAND ARGUMENTS` in running text is parsed; a command's bare name is only named."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`fedq ([^`]+)`", text):
+        words = shlex.split(span)
+        if len(words) > 1 and "--help" not in words:
+            _, rest = cli._parser().parse_known_args(words)
+            assert not [word for word in rest if word.startswith("-")], span
+
+
 def check_pip(words: list[str]) -> None:
     """Extras are there."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -224,7 +236,10 @@ def test_fragments_of_python_run(
         compile(block.text, str(block), "exec")
         pytest.skip(block.said)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "block"}
+    monkeypatch.setattr(
+        registry, "_TABLES", {group: dict(registry.table(group)) for group in registry.GROUPS}
+    )  # what a block registers is gone afterwards
+    names: dict[str, Any] = {"__name__": "__main__"}
     exec(block.said if block.note == "before" else "", names)
     exec(compile(block.text, str(block), "exec"), names)
 

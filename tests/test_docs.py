@@ -18,12 +18,23 @@ import pytest
 from fedq import available, build, codecs, config, registry
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
+sys.path.insert(0, str(REPOSITORY / "docs"))
+import _make  # noqa: E402
+import make  # noqa: E402
+import make_codecs  # noqa: E402
+
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/README.md", "examples/**/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OUTSIDE = ("https://", "http://", "mailto:")
 
-every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+every_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY))
+)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -33,8 +44,7 @@ def blocks(path: Path, language: str) -> list[str]:
 def anchors(path: Path) -> set[str]:
     """The fragments that a document's headings answer to, as Git hosts make them."""
     text = BLOCK.sub("", path.read_text())
-    headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    return {_make.slug(heading) for heading in re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)}
 
 
 @every_document
@@ -147,40 +157,32 @@ def test_the_example_runs_as_a_plug_in(example: Path) -> None:
     assert 1 < summary["uplink_bits_per_parameter"] < 1.5
 
 
-# --- docs/codecs.md ------------------------------------------------------------------------------
+# --- what docs/make.py makes ---------------------------------------------------------------------
 
 
-def maker(name: str = "make") -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fedq_docs", REPOSITORY / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.mark.parametrize("maker", [made.__name__ for made in make.makers("pages")])
+def test_what_is_made_is_this_version_s(maker: str) -> None:
+    """Tables and the reference say what the registry, docstrings and results files say."""
+    for path, text in sys.modules[maker].pages():
+        assert path.read_text() == text, f"{path.name}: run python docs/make.py"
 
 
-def test_the_table_of_codecs_is_this_version_s() -> None:
-    page = (REPOSITORY / "docs" / "codecs.md").read_text()
-    assert maker().with_table(page) == page, "run python docs/make.py table"
+def test_the_reference_has_no_page_too_many() -> None:
+    pages = {path.stem for path in (REPOSITORY / "docs" / "reference").iterdir()}
+    assert pages == {*registry.GROUPS, "README", "run", "presets"}
 
 
 def test_the_table_has_every_codec() -> None:
-    names = re.findall(r"^\| `(\w+)` \|", maker().table(), re.MULTILINE)
+    names = re.findall(r"^\| `(\w+)` \|", make_codecs.table(), re.MULTILINE)
     assert names == available("codec")
 
 
 def test_the_idea_can_be_drawn(tmp_path: Path) -> None:
-    maker().idea(tmp_path / "idea.svg")
+    make_codecs.idea(tmp_path / "idea.svg")
     assert "<svg" in (tmp_path / "idea.svg").read_text()[:500]
 
 
-# --- docs/quantization.md ------------------------------------------------------------------------
-
-
-def test_the_table_of_weight_quantizers_is_this_version_s() -> None:
-    page = (REPOSITORY / "docs" / "quantization.md").read_text()
-    made = maker("make_quantization")
-    assert made.with_table(page) == page, "run python docs/make_quantization.py"
+# --- pages name all there is ---------------------------------------------------------------------
 
 
 def test_the_page_names_every_quantizer() -> None:
@@ -190,27 +192,11 @@ def test_the_page_names_every_quantizer() -> None:
             assert re.search(rf"`{name}`|={name}\b", page), name
 
 
-# --- docs/physics.md -----------------------------------------------------------------------------
-
-
-def test_the_tables_of_profiles_are_this_version_s() -> None:
-    page = (REPOSITORY / "docs" / "physics.md").read_text()
-    assert maker("make_physics").with_tables(page) == page, "run python docs/make_physics.py"
-
-
 def test_the_page_of_physics_names_everything() -> None:
     page = (REPOSITORY / "docs" / "physics.md").read_text()
     for group in ("device", "link", "availability", "pacing", "budget"):
         for name in set(available(group)) - {"ideal"}:
             assert re.search(rf"`{name}`|name: {name}\b", page), name
-
-
-def test_the_table_of_the_zoo_is_this_version_s() -> None:
-    page = (REPOSITORY / "docs" / "tasks.md").read_text()
-    assert maker("make_tasks").with_table(page) == page, "run python docs/make_tasks.py"
-
-
-# --- docs/studies.md -----------------------------------------------------------------------------
 
 
 def test_the_page_names_every_method() -> None:
