@@ -1,6 +1,6 @@
 """What registered clients cost: start-up, memory of the server, and time of a round.
 
-**Whole runs** are `fedq simulate` as a user starts it, with 1,000, 100,000 and a million registered
+**Whole runs** are `fedq simulate` as a user starts it, with 100,000 and a million registered
 clients of 20 MNIST images each (partition=draws), of which 10 take part per round: without a fleet,
 on a fleet whose devices come and go, and with FedBuff on that fleet. Start-up is from the start of
 the process to the judged round 0, imports of Flower and torch included. Memory is the peak resident
@@ -28,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from flwr.clientapp import ClientApp
 
 COHORT, LIMIT = 100, 1.1
 LIMIT_BYTES, LIMIT_START_S = 100, 20
-SIZES = (1_000, 100_000, 1_000_000)
+SIZES = (100_000, 1_000_000)
 FLEETS = {
     "no fleet": (),
     "fleet": ("fleet=mixed_iot",),
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of a run or turn")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="keeps finished runs, to go on with")
+    parser.add_argument("--jobs", type=int, default=1, help="whole runs side by side")
     parser.add_argument("--participants", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.participants:
@@ -71,13 +75,17 @@ def main() -> None:
     if options.quick:
         options.turns, options.rounds = 2, 1
         sizes, small, joining = (100, 3_000), (1_000,), {"clients": 60, "cohort": 20}
-    runs = [
-        whole_run(name, clients, options.rounds, options.workers, options.seed)
-        for name in FLEETS
-        for clients in sizes
-    ]
+
+    def one(case: tuple[str, int]) -> dict[str, Any]:
+        name, clients = case
+        run = partial(whole_run, name, clients, options.rounds, options.workers, options.seed)
+        return _common.kept(options.work, f"{name} {clients}", run)
+
+    cases = [(name, clients) for name in FLEETS for clients in sizes]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(one, cases))
     slopes = {name: slope(runs, name) for name in FLEETS}
-    joined = _separately(joining)
+    joined = _common.kept(options.work, "participants", partial(_separately, joining))
     federations = [COHORT, *small]
     turns = take_turns(federations, options.turns, options.rounds, options.workers, options.seed)
     _common.write(
@@ -155,7 +163,7 @@ def whole_run(name: str, clients: int, rounds: int, workers: int, seed: int) -> 
         found: dict[str, Any] = {"fleet": name, "clients": clients}
         worker_peak_mb = server_peak_mb = cpu_s = 0.0
         while process.poll() is None:
-            time.sleep(0.02)
+            time.sleep(0.2)
             if "startup_s" not in found and _lines(run):
                 found["startup_s"] = time.perf_counter() - start
                 found["startup_cpu_s"] = sum(_common.tree_cpu_seconds(process.pid).values())
