@@ -107,19 +107,39 @@ def test_another_seed_is_another_model(reference: Path, tmp_path: Path) -> None:
     assert other["model_sha256"] != summary(reference)["model_sha256"]
 
 
+RAY_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+
+small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=small)
+try:
+    cluster.add_node(**small)
+    print(cluster.address, flush=True)
+    sys.stdin.read()
+finally:
+    cluster.shutdown()
+"""
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_model(reference: Path, tmp_path: Path) -> None:
     """Two Ray nodes of one CPU each; tests/e2e/test_secure.py has Ray on one machine."""
     pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    try:
-        cluster.add_node(**small)
-        again = simulate(tmp_path, "run", "engine=ray", f"engine.address={cluster.address}")
-    finally:
-        cluster.shutdown()
+    with subprocess.Popen(
+        [sys.executable, "-c", RAY_NODES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            address = next(line for line in cluster.stdout if ":" in line).strip()
+            again = simulate(tmp_path, "run", "engine=ray", f"engine.address={address}")
+        finally:
+            cluster.stdin.close()
     assert again["model_sha256"] == summary(reference)["model_sha256"]
 
 
