@@ -61,7 +61,7 @@ PARTICIPANTS = Layout.flat(10)
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=6, help="0 leaves them out")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of a run or turn")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keeps finished runs, to go on with")
@@ -87,7 +87,11 @@ def main() -> None:
     slopes = {name: slope(runs, name) for name in FLEETS}
     joined = _common.kept(options.work, "participants", partial(_separately, joining))
     federations = [COHORT, *small]
-    turns = take_turns(federations, options.turns, options.rounds, options.workers, options.seed)
+    turns = []
+    if options.turns:
+        turns = take_turns(
+            federations, options.turns, options.rounds, options.workers, options.seed
+        )
     _common.write(
         options.out,
         "scale",
@@ -115,20 +119,7 @@ def main() -> None:
             f"{joined['bytes_per_client']:.0f} bytes of memory per client that has taken part, and"
             f" {joined['json_bytes_per_client']:.0f} of each checkpoint;"
             f" {joined['cpu_us_per_client']:.0f} us of the server's CPU per request and reply.",
-            "## A round of 100",
-            _common.table(
-                {
-                    "clients": "clients",
-                    "cpu_ms_min": "CPU ms/round, least",
-                    "cpu_ms_median": "median",
-                    "wall_ms_min": "wall ms/round, least",
-                    "wall_ms_median": "median wall",
-                    "cpu_ratio": "least CPU to that of 100",
-                    "server_peak_mb": "server peak, MB",
-                },
-                turns,
-            ),
-            f"The limit is {LIMIT} times.",
+            *compared(turns),
         ],
         {
             "seed": options.seed,
@@ -161,33 +152,33 @@ def whole_run(name: str, clients: int, rounds: int, workers: int, seed: int) -> 
             env={**os.environ, **PROCESS},
         )
         found: dict[str, Any] = {"fleet": name, "clients": clients}
-        worker_peak_mb = server_peak_mb = cpu_s = 0.0
         while process.poll() is None:
-            time.sleep(0.2)
-            if "startup_s" not in found and _lines(run):
+            time.sleep(0.25)
+            done = len(_lines(run))
+            if done and "startup_s" not in found:
                 found["startup_s"] = time.perf_counter() - start
                 found["startup_cpu_s"] = sum(_common.tree_cpu_seconds(process.pid).values())
-            try:
-                server_peak_mb = _common.peak_resident_mb(process.pid)
-                cpu_s = sum(_common.tree_cpu_seconds(process.pid).values())
-                for child in _common.process_tree(process.pid)[1:]:
-                    worker_peak_mb = max(worker_peak_mb, _common.peak_resident_mb(child))
-            except (OSError, IndexError):  # it has ended meanwhile
-                continue
-            if len(_lines(run)) > rounds:
-                break  # what follows is the plot
+            if done > rounds:  # what follows is the plot
+                server_peak_mb, *workers_mb = map(
+                    _common.peak_resident_mb, _common.process_tree(process.pid)
+                )
+                found["server_peak_mb"], found["worker_peak_mb"] = (
+                    server_peak_mb,
+                    max(workers_mb, default=0.0),
+                )
+                spent = sum(_common.tree_cpu_seconds(process.pid).values())
+                found["round_cpu_s"] = (spent - found["startup_cpu_s"]) / rounds
+                break
         process.kill()
         process.wait()
         lines = _lines(run)
-    if len(lines) <= rounds:
+    if "round_cpu_s" not in found:
         raise RuntimeError(f"{name}, {clients} clients: {len(lines)} of {rounds} rounds")
     records = [json.loads(line) for line in lines]
     if not all(record["replies"] for record in records[1:]):
         raise RuntimeError(f"{name}, {clients} clients: a round without replies")
     seconds = [record["seconds"] - record["evaluation_seconds"] for record in records[1:]]
-    found |= {"round_s": statistics.median(seconds), "server_peak_mb": server_peak_mb}
-    found["round_cpu_s"] = (cpu_s - found["startup_cpu_s"]) / rounds
-    found["worker_peak_mb"] = worker_peak_mb
+    found["round_s"] = statistics.median(seconds)
     print(found, file=sys.stderr)
     return found
 
@@ -294,6 +285,21 @@ def take_turns(
                 contestant.turns.append(contestant.measure(rounds))
         rows = [_row(contestant) for contestant in contestants]
     return [{**row, "cpu_ratio": row["cpu_ms_min"] / rows[0]["cpu_ms_min"]} for row in rows]
+
+
+def compared(turns: list[dict[str, Any]]) -> list[str]:
+    """Return what is said of the turns, if there were any."""
+    columns = {
+        "clients": "clients",
+        "cpu_ms_min": "CPU ms/round, least",
+        "cpu_ms_median": "median",
+        "wall_ms_min": "wall ms/round, least",
+        "wall_ms_median": "median wall",
+        "cpu_ratio": "least CPU to that of 100",
+        "server_peak_mb": "server peak, MB",
+    }
+    said = f"The limit is {LIMIT} times." if turns else "Left out in this run."
+    return ["## A round of 100", *([_common.table(columns, turns)] if turns else []), said]
 
 
 def _row(contestant: Contestant) -> dict[str, Any]:
