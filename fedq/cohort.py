@@ -1,7 +1,8 @@
-"""Who is connected, and who of them is asked: a round's cost does not grow with the federation.
+"""Who is connected, and who of them is asked: no object per client, and no list of them.
 
 Simulated nodes are a range of numbers, and a range is all that is kept of them. A cohort is drawn
-by places among those that may be asked, without a list of them.
+by places among those that may be asked. Only where devices come and go is there an array of places
+for a moment, 8 bytes each: their random order, in which they are tried until enough are there.
 """
 
 from __future__ import annotations

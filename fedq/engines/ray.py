@@ -57,6 +57,7 @@ class Ray(Engine):
         """Run ``server`` as a ServerApp of Flower's simulation runtime."""
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("engine=ray needs Ray: pip install -e '.[sim-ray]'")
+        init_args = self._init_args()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault(
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
@@ -76,7 +77,6 @@ class Ray(Engine):
             except BaseException as error:  # Flower would log it and go on
                 failure.append(error)
 
-        init_args = self._init_args()
         quiet = logging.getLogger("flwr")
         level = quiet.level
         quiet.setLevel(logging.ERROR)
