@@ -560,9 +560,7 @@ class FedQ(Strategy):
         if not isinstance(ids, range):
             ids = frozenset(ids)
         if self._nodes is None or self._nodes[0] != ids:
-            # A range is in order; other nodes say when they registered.
-            nodes = Nodes(ids) if isinstance(ids, range) else Nodes.registered(grid.get_nodes())
-            self._nodes = ids, nodes
+            self._nodes = ids, Nodes.of(grid)
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
