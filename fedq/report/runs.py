@@ -98,16 +98,6 @@ class Run:
         return None if found is None else int(found)
 
     @property
-    def accuracy(self) -> float | None:
-        """Test accuracy of the deployed model at the end, in [0, 1]."""
-        return self._final("accuracy")
-
-    @property
-    def float_accuracy(self) -> float | None:
-        """Test accuracy of its float twin, in [0, 1]."""
-        return self._final("float_accuracy")
-
-    @property
     def score(self) -> float | None:
         """The metric of the deployed model at the end, on the test set; accuracy in [0, 1]."""
         return self._final(self.metric.name)
@@ -182,9 +172,9 @@ class Run:
 
     @cached_property
     def costs(self) -> dict[str, list[float]]:
-        """Round, accuracy and what was spent so far, at each evaluated round of training.
+        """Round, score and what was spent so far, at each evaluated round of training.
 
-        Keys are ``round``, ``accuracy`` and those of :data:`COSTS` that the rounds tell of.
+        Keys are ``round``, ``score`` and those of :data:`COSTS` that the rounds tell of.
         """
         told = {
             name: keys
@@ -192,14 +182,14 @@ class Run:
             if any(number(record.get(key)) for record in self.rounds for key in keys)
         }
         sums = dict.fromkeys(told, 0.0)
-        found: dict[str, list[float]] = {name: [] for name in ("round", "accuracy", *told)}
+        found: dict[str, list[float]] = {name: [] for name in ("round", "score", *told)}
         for record in self.rounds:
             for name, keys in told.items():
                 sums[name] += sum(number(record.get(key)) or 0.0 for key in keys)
-            accuracy = number(record.get("accuracy"))
-            if accuracy is not None and record["round"] > 0:
+            score = number(record.get(self.metric.name))
+            if score is not None and record["round"] > 0:
                 found["round"].append(record["round"])
-                found["accuracy"].append(accuracy)
+                found["score"].append(score)
                 for name, value in sums.items():
                     found[name].append(value)
         return found
