@@ -50,7 +50,10 @@ Observer = Callable[[Mapping[str, Any]], None]
 MOST_THREADS = 4
 OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.", "waiting."
 #: Keys of a round's record that it has only where there is something to say.
-OPTIONAL = frozenset({"privacy", "simulated_seconds", "joules", "joules_by_use"})
+OPTIONAL = frozenset(
+    {"privacy", "simulated_seconds", "joules", "joules_by_use"}
+    | {"wire_uplink_bytes", "wire_downlink_bytes"}
+)
 
 
 def run(
@@ -403,7 +406,7 @@ def summarise(
     some = (f"{metric.name}_by_width", "attack_success", "float_attack_success")
     physics = {
         key: math.fsum(record.get(key, 0.0) for record in rounds)
-        for key in ("simulated_seconds", "joules")
+        for key in ("simulated_seconds", "joules", "wire_uplink_bytes", "wire_downlink_bytes")
         if experiment.fleet.timed
     }
     return (

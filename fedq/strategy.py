@@ -112,7 +112,7 @@ class RoundReport:
     """What one round did. All sizes are lengths of bytes that crossed the grid.
 
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for.
+    ``joules`` what all its devices used, by what for; ``wire_*_bytes`` are those on the air.
     """
 
     round: int
@@ -133,6 +133,8 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    wire_uplink_bytes: int | None = None
+    wire_downlink_bytes: int | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -583,6 +585,8 @@ class FedQ(Strategy):
             report.simulated_seconds = after.now_s - before.now_s
             report.joules = energy.joules
             report.joules_by_use = dataclasses.asdict(energy)
+            report.wire_uplink_bytes = current.timing.wire_uplink_bytes
+            report.wire_downlink_bytes = current.timing.wire_downlink_bytes
         if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
                 report.round,

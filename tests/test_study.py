@@ -21,6 +21,7 @@ from fedq.report import Study, find_runs, report, study_tables
 from fedq.report.page import page
 from fedq.report.runs import survey
 from fedq.report.study import front, interval, paired, remarks
+from fedq.report.tables import note
 from fedq.results import RunDirectory
 
 FLOAT, UP = 4000, 1000
@@ -255,6 +256,22 @@ def test_costs_that_no_run_tells_of_have_no_picture(tmp_path: Path) -> None:
     assert (tmp_path / "pareto_bytes.png").exists()
     assert not list(tmp_path.glob("*_time.*"))
     assert "simulated" not in (tmp_path / "report.md").read_text()
+
+
+def test_bytes_on_the_wire_are_beside_those_of_messages(tmp_path: Path) -> None:
+    """From the rounds, or from what a fleet's meters counted."""
+    extra = {"wire_uplink_bytes": 1500, "wire_downlink_bytes": 1100, "simulated_seconds": 60.0}
+    write_run(tmp_path / "1", "good", 0, 0.9, **extra)
+    other = write_run(tmp_path / "2", "float", 0, 0.9)
+    (other / "wire.json").write_text('{"pi": {"up_bytes": 20000, "down_bytes": 3000}}')
+    found = study(tmp_path)
+    assert [method(found, m).mean("wire_bytes").mean for m in ("good", "float")] == [13_000, 23_000]
+    assert "| on the wire |" in study_tables.to_markdown(found)
+    text = note(find_runs([tmp_path / "1"]))
+    assert "good: 5 min simulated, 13.0 kB on the wire for 10.0 kB of messages." in text
+    (other / "wire.json").write_text("{}x")
+    with pytest.raises(FedqError, match=r"wire\.json is damaged"):
+        find_runs([other])
 
 
 def test_latex_is_balanced_and_escaped(sweep: Path) -> None:

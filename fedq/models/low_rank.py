@@ -48,72 +48,34 @@ class LowRank(Model):
 
     def build(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """Return the network for whatever the inner model takes."""
-        return factorise(self.inner.build(input_shape, classes), share=self.share)
+        network = self.inner.build(input_shape, classes)
+        layers = [
+            (name, module)
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        ]
+        for name, layer in layers[1:-1]:
+            factored = self._factored(layer)
+            if factored is not None:
+                network.set_submodule(name, factored)
+        return network
 
-
-def factorise(network: nn.Module, *, share: float = 1.0, energy: float = 1.0) -> nn.Module:
-    """Replace layers of a network, in place, by two thin ones each where that saves parameters.
-
-    The general transformation behind :class:`LowRank`, for any float network, trained or not: dense
-    layers and ungrouped convolutions between the first and the last layer. Factors are the truncated
-    singular value decomposition of the weights, half of each singular value on either side; with
-    full rank the network computes the same.
-
-    Args:
-      network: A float network; quantizations prepare it afterwards.
-      share: The rank, as a share of the full one, at most.
-      energy: The rank is no larger than keeps this share of a weight's squared norm; for trained
-        networks, whose weights are nearly of low rank.
-
-    Returns:
-      The network.
-
-    Raises:
-      ConfigError: If a share is not in (0, 1].
-
-    Example:
-      >>> network = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
-      >>> [tuple(layer.weight.shape) for layer in factorise(network, share=0.125)[1]]
-      [(8, 64), (64, 8)]
-    """
-    for name, value in (("share", share), ("energy", energy)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name} must be in (0, 1], not {value}")
-    layers = [
-        (name, module)
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    ]
-    for name, layer in layers[1:-1]:
-        factored = _factored(layer, share, energy)
-        if factored is not None:
-            network.set_submodule(name, factored)
-    return network
-
-
-def _factored(
-    layer: nn.Linear | nn.Conv1d | nn.Conv2d, share: float, energy: float
-) -> nn.Module | None:
-    matrix = layer.weight.detach().flatten(1)
-    m, n = matrix.shape
-    rank = max(1, round(share * min(m, n)))
-    if getattr(layer, "groups", 1) > 1:
-        return None
-    if energy < 1:
-        kept = torch.linalg.svdvals(matrix).square().cumsum(0)
-        rank = min(rank, int((kept < energy * kept[-1]).sum()) + 1)
-    if rank * (m + n) >= m * n:
-        return None
-    bias = layer.bias is not None
-    thin, wide = _layers(layer, rank, bias)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    root = s[:rank].sqrt()
-    with torch.no_grad():
-        thin.weight.copy_((root[:, None] * v[:rank]).reshape(thin.weight.shape))
-        wide.weight.copy_((u[:, :rank] * root).reshape(wide.weight.shape))
-        if bias:
-            wide.bias.copy_(layer.bias)
-    return nn.Sequential(thin, wide).train(layer.training)
+    def _factored(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> nn.Module | None:
+        matrix = layer.weight.detach().flatten(1)
+        m, n = matrix.shape
+        rank = max(1, round(self.share * min(m, n)))
+        if rank * (m + n) >= m * n or getattr(layer, "groups", 1) > 1:
+            return None
+        bias = layer.bias is not None
+        thin, wide = _layers(layer, rank, bias)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            thin.weight.copy_((root[:, None] * v[:rank]).reshape(thin.weight.shape))
+            wide.weight.copy_((u[:, :rank] * root).reshape(wide.weight.shape))
+            if bias:
+                wide.bias.copy_(layer.bias)
+        return nn.Sequential(thin, wide)
 
 
 def _layers(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rank: int, bias: bool) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ COSTS: dict[str, tuple[str, ...]] = {
     "total_bytes": ("uplink_bytes", "downlink_bytes"),
     "uplink_bytes": ("uplink_bytes",),
     "downlink_bytes": ("downlink_bytes",),
+    "wire_bytes": ("wire_uplink_bytes", "wire_downlink_bytes"),
     "simulated_seconds": ("simulated_seconds",),
     "joules": ("joules",),
 }
@@ -37,6 +38,7 @@ class Run:
       rounds: ``rounds.jsonl``, in order; round 0 is the evaluation before training.
       summary: ``summary.json``, empty if the run has not ended.
       manifest: ``manifest.json``, empty if there is none.
+      metered_bytes: What ``wire.json`` says that links carried, None if nobody counted.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    metered_bytes: int | None = None
 
     @cached_property
     def compared_with(self) -> frozenset[Path]:
@@ -131,6 +134,15 @@ class Run:
     def total_bytes(self) -> int:
         """Bytes in both directions, all rounds."""
         return self.uplink_bytes + self.downlink_bytes
+
+    @property
+    def wire_bytes(self) -> float | None:
+        """Bytes on the wire, with headers and repetitions, if they were counted or simulated."""
+        if self.metered_bytes is not None:
+            return self.metered_bytes
+        parts = [self.spent(key) for key in COSTS["wire_bytes"]]
+        known = [part for part in parts if part is not None]
+        return sum(known) if known else None
 
     @property
     def float32_bytes(self) -> int:
@@ -268,7 +280,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         origin = manifest.read(path)
     except FedqError:  # results count without it
         origin = None
-    return Run(path, config, tuple(rounds), summary or {}, origin or {})
+    wire = results.read_wire(path)
+    return Run(path, config, tuple(rounds), summary or {}, origin or {}, wire)
 
 
 @dataclass(frozen=True)

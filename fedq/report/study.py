@@ -151,6 +151,7 @@ def figures(run: Run) -> dict[str, float | None]:
         "uplink_bytes": run.uplink_bytes,
         "downlink_bytes": run.downlink_bytes,
         "total_bytes": run.total_bytes,
+        "wire_bytes": run.wire_bytes,
         "uplink_bits": run.uplink_bits,
         "downlink_bits": run.downlink_bits,
         "simulated_seconds": run.spent("simulated_seconds"),

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedq.metrics import Metric
 from fedq.report.plots import COLOURS, FAINT, FLOAT_COLOUR, TEXT_COLOUR, save
 from fedq.report.study import Method, Study, loss
-from fedq.report.study_tables import joules
-from fedq.report.tables import duration, size
+from fedq.report.tables import duration, joules, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,11 +21,12 @@ AXES: dict[str, tuple[str, Any]] = {
     "total_bytes": ("uplink + downlink bytes", size),
     "uplink_bytes": ("uplink bytes", size),
     "downlink_bytes": ("downlink bytes", size),
+    "wire_bytes": ("bytes on the wire", size),
     "simulated_seconds": ("simulated time", duration),
     "joules": ("energy of all devices", joules),
 }
 _PANELS = {
-    "bytes": ("total_bytes", "uplink_bytes", "downlink_bytes"),
+    "bytes": ("total_bytes", "uplink_bytes", "downlink_bytes", "wire_bytes"),
     "time": ("simulated_seconds",),
     "energy": ("joules",),
 }
@@ -157,13 +157,14 @@ def _curves(
         best, worst = metric.best(finals), metric.worst(finals)
         room = max(abs(best - worst), 0.05 * (100.0 if metric.percent else abs(best)))
         away = room if metric.higher_is_better else -room
-        low, high = sorted((worst - 0.5 * away, best + 0.12 * away))
-        axes.set_ylim(max(low, 0.0), min(high, 100.5) if metric.percent else high)
+        floor, top = sorted((worst - 0.5 * away, best + 0.12 * away))
+        floor, top = max(floor, 0.0), min(top, 100.5) if metric.percent else top
+        axes.set_ylim(floor, top)
         seen = [
             x
             for method in styles
             for x, y in zip(method.curve.get(cost, []), method.curve["score"], strict=False)
-            if low <= scale * y <= high
+            if floor <= scale * y <= top
         ]
         axes.set_xscale("log")
         axes.set_xlim(min(seen) / 1.2, max(seen) * 1.2)

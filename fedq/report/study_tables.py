@@ -18,7 +18,7 @@ from fedq.errors import FedqError
 from fedq.metrics import Metric
 from fedq.report.runs import COSTS, EQUAL_PART
 from fedq.report.study import Interval, Method, Paired, Study
-from fedq.report.tables import duration, ratio, size
+from fedq.report.tables import duration, joules, ratio, size
 
 #: Columns of the tables to read; those without any value are left out, and ``score`` is named by
 #: the task's metric.
@@ -30,6 +30,7 @@ HEADERS = {
     "uplink": "uplink",
     "downlink": "downlink",
     "total": "total",
+    "wire": "on the wire",
     "reach": f"to {100 * EQUAL_PART:.0f} % of float",
     "uplink_reach": "uplink to there",
     "less": "vs float there",
@@ -45,6 +46,7 @@ _PAIRS = (
     ("uplink", "downlink"),
     ("total", "reach"),
     ("less", "time"),
+    ("wire", "energy"),
 )
 
 
@@ -92,7 +94,7 @@ def notes(study: Study) -> list[str]:
     names = " or ".join(dict.fromkeys(metric.title for metric in metrics.values()))
     lines.append(
         f"* is on the Pareto front of {names} against bytes of both directions. Sizes are payload "
-        "bytes of all messages and rounds."
+        "bytes of all messages and rounds; those on the wire are with headers and repetitions."
     )
     lines += [
         f"Lower {metric.title} is better, and {100 * EQUAL_PART:.0f} % of float is float's "
@@ -204,6 +206,7 @@ SORTED_BY = {
     "uplink": "uplink_bytes",
     "downlink": "downlink_bytes",
     "total": "total_bytes",
+    "wire": "wire_bytes",
     "reach": "total_bytes_to_float",
     "uplink_reach": "uplink_bytes_to_float",
     "less": "total_bytes_to_float_ratio",
@@ -227,6 +230,7 @@ def cells(study: Study, method: Method) -> dict[str, str]:
         "uplink": _size(method.mean("uplink_bytes")),
         "downlink": _size(method.mean("downlink_bytes")),
         "total": _size(method.mean("total_bytes")),
+        "wire": _size(method.mean("wire_bytes")),
         "reach": _size(reached.spent)
         if reached.reached == reached.of
         else f"{reached.reached} of {reached.of} seeds",
@@ -247,7 +251,7 @@ def used(study: Study, task: str, rows: Sequence[Mapping[str, str]]) -> dict[str
 
 def _score(value: Interval | None, metric: Metric) -> str:
     if value is None or value.half is None:
-        return metric.text(value and value.mean)
+        return metric.text(None if value is None else value.mean)
     if metric.percent:
         return f"{100 * value.mean:.1f} ± {100 * value.half:.1f} %"
     return f"{value.mean:.4g} ± {value.half:.2g}"
@@ -284,18 +288,6 @@ def _size(value: Interval | None) -> str:
 
 def _mean(value: Interval | None, text: Any) -> str:
     return "" if value is None else str(text(value.mean))
-
-
-def joules(value: float) -> str:
-    """Return an energy in its natural unit.
-
-    >>> [joules(v) for v in (0.0213, 53.2, 12_300, 4.2e6)]
-    ['0.0213 J', '53.2 J', '12.3 kJ', '4.2 MJ']
-    """
-    for unit, scale in (("MJ", 1e6), ("kJ", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} J"
 
 
 def _escape(text: str) -> str:

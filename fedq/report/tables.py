@@ -92,17 +92,19 @@ def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def note(runs: Sequence[Run]) -> str:
-    """Return what the table's ratio is against, the bytes at equal accuracy, and guarantees."""
-    guarantees = [
+    """Return what the ratio is against, bytes at equal accuracy, time, energy and guarantees."""
+    named = list(zip(runs, labels(runs), strict=True))
+    beside = [f"{label}: {text}." for run, label in named if (text := physics(run))]
+    beside += [
         f"{label}: {privacy(run.summary['privacy'])}"
-        for run, label in zip(runs, labels(runs), strict=True)
+        for run, label in named
         if "privacy" in run.summary
     ]
     if not any(reference_for(run, runs) for run in runs):
         plain = "No float run among these: bytes are compared with the same messages as float32."
-        return "\n".join([plain, *guarantees])
+        return "\n".join([plain, *beside])
     lines = []
-    for run, label in zip(runs, labels(runs), strict=True):
+    for run, label in named:
         reference = reference_for(run, runs)
         if reference is None or reference is run:
             continue
@@ -112,7 +114,18 @@ def note(runs: Sequence[Run]) -> str:
                 f"{label} reached {run.metric.text(equal.level)} with {size(equal.run_bytes)}, "
                 f"float with {size(equal.float_bytes)}: {ratio(equal.ratio)}."
             )
-    return "\n".join(lines + guarantees)
+    return "\n".join(lines + beside)
+
+
+def physics(run: Run) -> str:
+    """Return a run's simulated time and energy and its bytes on the wire, as far as it has them."""
+    seconds, energy, wire = run.spent("simulated_seconds"), run.spent("joules"), run.wire_bytes
+    parts = [
+        "" if seconds is None else f"{duration(seconds)} simulated",
+        "" if energy is None else f"{joules(energy)} of all devices",
+        "" if wire is None else f"{size(wire)} on the wire for {size(run.total_bytes)} of messages",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def privacy(said: Mapping[str, Any]) -> str:
@@ -164,6 +177,18 @@ def duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def joules(value: float) -> str:
+    """Return an energy in its natural unit.
+
+    >>> [joules(v) for v in (0.0213, 53.2, 12_300, 4.2e6)]
+    ['0.0213 J', '53.2 J', '12.3 kJ', '4.2 MJ']
+    """
+    for unit, scale in (("MJ", 1e6), ("kJ", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} J"
 
 
 def _digits(value: float) -> str:
@@ -228,6 +253,7 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "uplink_bytes": run.uplink_bytes,
         "downlink_bytes": run.downlink_bytes,
         "total_bytes": run.total_bytes,
+        "wire_bytes": run.wire_bytes,
         "float32_bytes": run.float32_bytes,
         "uplink_bits_per_parameter": run.uplink_bits,
         "downlink_bits_per_parameter": run.downlink_bits,
@@ -238,6 +264,8 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "planned_rounds": run.planned,
         "finished": str(run.finished).lower(),
         "seconds": run.seconds,
+        "simulated_seconds": run.spent("simulated_seconds"),
+        "joules": run.spent("joules"),
         "seed": run.summary.get("seed", run.config.get("seed")),
         "model_sha256": run.summary.get("model_sha256"),
     }
