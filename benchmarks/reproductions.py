@@ -117,7 +117,7 @@ def requests(chosen: Any, tasks: Sequence[str], extra: Sequence[str]) -> Iterabl
     seeds = range(chosen.seed, chosen.seed + chosen.seeds)
     methods = config.choices("method") if chosen.methods == "all" else chosen.methods.split(",")
     parts = chosen.partitions.split(",")
-    for partition, seed, method, task in itertools.product(parts, seeds, methods, tasks):
+    for partition, seed, task, method in itertools.product(parts, seeds, tasks, methods):
         path = [f"data.path={chosen.keywords.resolve()}"] if task == "keywords" else []
         yield [
             *("experiment=reproductions", f"task={task}", f"partition={partition}"),
