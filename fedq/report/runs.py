@@ -350,16 +350,22 @@ def _with_baseline(path: Path) -> list[Path]:
     return [path, baseline] if known else [path]
 
 
-def reference_for(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the float run that ``run`` is compared with.
+def references(runs: Sequence[Run]) -> list[Run | None]:
+    """Return the float run that each run is compared with.
 
     That is its own baseline, else the first of the same task and seed, or of the same task, or any.
     """
-    floats = [other for other in runs if other.is_float or other.path.name == BASELINE]
-    own = [other for other in floats if other.place in run.compared_with]
-    task = [other for other in floats if other.task == run.task]
-    seed = [other for other in task if other.seed == run.seed]
-    return next(iter(own + seed + task + floats), None)
+    floats = [run for run in runs if run.is_float or run.path.name == BASELINE]
+    first: dict[Any, Run] = {}
+    for run in floats:
+        for key in (run.place, (run.task, run.seed), run.task):
+            first.setdefault(key, run)
+    found = []
+    for run in runs:
+        own = [first[place] for place in run.compared_with if place in first]
+        known = (first.get(key) for key in ((run.task, run.seed), run.task))
+        found.append(next((r for r in (*own, *known, *floats[:1]) if r is not None), None))
+    return found
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

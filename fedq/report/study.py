@@ -17,7 +17,7 @@ from typing import Any
 from fedq import manifest, registry
 from fedq.errors import ConfigError
 from fedq.metrics import ACCURACY, Metric
-from fedq.report.runs import COSTS, EQUAL_PART, Run, reference_for
+from fedq.report.runs import COSTS, EQUAL_PART, Run, references
 
 CONFIDENCE = 0.95
 
@@ -256,7 +256,7 @@ class Study:
 
     @cached_property
     def _floats(self) -> dict[Path, Run | None]:
-        return {run.path: reference_for(run, self.runs) for run in self.runs}
+        return dict(zip((run.path for run in self.runs), references(self.runs), strict=True))
 
     def to_reach(self, method: Method, cost: str = "total_bytes") -> Reached:
         """Return what a method spent until each seed first was worth 99 % of its float run."""

@@ -89,7 +89,9 @@ def _figure(study: Study, costs: Sequence[str], draw: Any) -> Figure:
         line[0].set_ylabel(f"{study.metric(task).title} of the deployed model", fontsize=10)
         line[0].set_title(task, fontsize=11, color=TEXT_COLOUR, loc="left", parse_math=False)
         _legend(line[-1], styles)
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
     figure.set_layout_engine("none")  # once for both kinds of file
     return figure
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedq.report.runs import Run, equal_accuracy, labels, reference_for
+from fedq.report.runs import Run, equal_accuracy, labels, references
 
 _HEADERS = {
     "run": "run",
@@ -86,8 +86,8 @@ def to_csv(runs: Sequence[Run]) -> str:
 def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return all that the tables know of each run, for CSV and Parquet."""
     return [
-        _record(run, label, reference_for(run, runs))
-        for run, label in zip(runs, labels(runs), strict=True)
+        _record(run, label, reference)
+        for run, label, reference in zip(runs, labels(runs), references(runs), strict=True)
     ]
 
 
@@ -100,12 +100,12 @@ def note(runs: Sequence[Run]) -> str:
         for run, label in named
         if "privacy" in run.summary
     ]
-    if not any(reference_for(run, runs) for run in runs):
+    floats = references(runs)
+    if not any(floats):
         plain = "No float run among these: bytes are compared with the same messages as float32."
         return "\n".join([plain, *beside])
     lines = []
-    for run, label in named:
-        reference = reference_for(run, runs)
+    for (run, label), reference in zip(named, floats, strict=True):
         if reference is None or reference is run:
             continue
         equal = equal_accuracy(run, reference)
@@ -219,9 +219,8 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the cells of each run as text, by the keys of ``_HEADERS``."""
     rows = []
     several = len({run.metric for run in runs}) > 1
-    for run, label in zip(runs, labels(runs), strict=True):
+    for run, label, reference in zip(runs, labels(runs), references(runs), strict=True):
         unit = f" {run.metric.title}" if several else ""
-        reference = reference_for(run, runs)
         less = _times_less(run, reference)
         rows.append(
             {
