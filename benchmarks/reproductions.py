@@ -77,14 +77,17 @@ def to_record(run: Run) -> Record:
         "seed": run.seed,
         "options": digest(dict(run.config)),
         "config": settings,
-        "fedq": (run.summary.get("versions") or {}).get("fedq"),
         "rounds": {
             name: " ".join(f"{record.get(name) or 0:.5g}" for record in run.rounds)
             if name == run.metric.name
             else " ".join(str(record.get(name) or 0) for record in run.rounds)
             for name in columns
         },
-        "float_" + run.metric.name: run.float_score,
+        "summary": {
+            run.metric.float_name: run.float_score,
+            "weight_bytes": run.summary.get("weight_bytes"),
+            "versions": {"fedq": (run.summary.get("versions") or {}).get("fedq")},
+        },
     }
 
 
@@ -93,13 +96,7 @@ def to_run(record: Record) -> Run:
     names = list(record["rounds"])
     rows = zip(*(map(float, text.split()) for text in record["rounds"].values()), strict=True)
     rounds = [dict(zip(names, row, strict=True)) for row in rows]
-    return Run(
-        Path(*map(str, key(record))),
-        record["config"],
-        rounds,
-        {"versions": {"fedq": record["fedq"]}}
-        | {name: value for name, value in record.items() if name.startswith("float_")},
-    )
+    return Run(Path(*map(str, key(record))), record["config"], rounds, record["summary"])
 
 
 def read(out: Path) -> list[Record]:

@@ -274,6 +274,16 @@ def test_bytes_on_the_wire_are_beside_those_of_messages(tmp_path: Path) -> None:
         find_runs([other])
 
 
+def test_what_is_stored_and_what_is_zero_has_a_column(tmp_path: Path) -> None:
+    for name, extra in (("pruned", {"weight_bytes": 500, "zero_weights": 0.5}), ("float", {})):
+        path = write_run(tmp_path / name, name, 0, 0.9)
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | extra))
+    text = study_tables.to_markdown(study(tmp_path))
+    assert "| weights stored | zeros |" in text
+    assert "| 500 B | 50 % |" in text
+
+
 def test_latex_is_balanced_and_escaped(sweep: Path) -> None:
     write_run(sweep / "50", "50 % of a_b & c\\d", 0, 0.5)
     text = study_tables.to_latex(study(sweep))

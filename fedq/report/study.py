@@ -17,7 +17,7 @@ from typing import Any
 from fedq import manifest, registry
 from fedq.errors import ConfigError
 from fedq.metrics import ACCURACY, Metric
-from fedq.report.runs import COSTS, EQUAL_PART, Run, references
+from fedq.report.runs import COSTS, EQUAL_PART, Run, number, references
 
 CONFIDENCE = 0.95
 
@@ -157,6 +157,8 @@ def figures(run: Run) -> dict[str, float | None]:
         "simulated_seconds": run.spent("simulated_seconds"),
         "joules": run.spent("joules"),
         "seconds": run.seconds,
+        "weight_bytes": number(run.summary.get("weight_bytes")),
+        "zero_weights": number(run.summary.get("zero_weights")),
     }
 
 

@@ -36,6 +36,8 @@ HEADERS = {
     "less": "vs float there",
     "time": "simulated",
     "energy": "energy",
+    "stored": "weights stored",
+    "zeros": "zeros",
 }
 
 
@@ -194,7 +196,12 @@ def record(study: Study, method: Method) -> dict[str, Any]:
     return row
 
 
-_FIGURES = ("score", "float_score", *COSTS, "uplink_bits", "downlink_bits", "seconds")
+_FIGURES = (
+    *("score", "float_score", *COSTS, "uplink_bits", "downlink_bits", "seconds"),
+    *("weight_bytes", "zero_weights"),
+)
+#: Below this share, zeros are those that rounding leaves.
+_FEW_ZEROS = 0.1
 
 
 #: Which figure of :func:`record` a column is sorted by.
@@ -212,6 +219,8 @@ SORTED_BY = {
     "less": "total_bytes_to_float_ratio",
     "time": "simulated_seconds",
     "energy": "joules",
+    "stored": "weight_bytes",
+    "zeros": "zero_weights",
 }
 
 
@@ -220,6 +229,7 @@ def cells(study: Study, method: Method) -> dict[str, str]:
     reached = study.to_reach(method)
     on_front = study.on_front(method, "total_bytes")
     begun = not any(run.finished for run in method.runs)
+    zeros = method.mean("zero_weights")
     return {
         "method": f"{method.label}{' *' if on_front else ''}{' (unfinished)' if begun else ''}",
         "seeds": str(len(method.finished)),
@@ -240,6 +250,8 @@ def cells(study: Study, method: Method) -> dict[str, str]:
         "less": "" if method.is_reference or reached.ratio is None else ratio(reached.ratio),
         "time": _mean(method.mean("simulated_seconds"), duration),
         "energy": _mean(method.mean("joules"), joules),
+        "stored": _size(method.mean("weight_bytes")),
+        "zeros": "" if zeros is None or zeros.mean < _FEW_ZEROS else f"{100 * zeros.mean:.0f} %",
     }
 
 
