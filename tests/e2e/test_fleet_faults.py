@@ -464,8 +464,9 @@ def test_an_uplink_of_20_kb_s_delivers_and_has_fewer_bits_once_it_is_known(
     before, meter.up_bytes_s = meter.up_bytes, 20_000.0
     options = ("codec=uniform", "codec.bits=16", "model=small_cnn", "model.width=24")
     adaptive = ("budget=link_aware", "budget.min_bits=12", "budget.max_bits=16")
+    widths = ("quantization=mixed", "quantization.widths=[8,4]", "width_by=speed")
     process = gauntlet.train(
-        *("--wait", "60", *OPTIONS, *options, *adaptive, "rounds=3", f"run_dir={run}")
+        *("--wait", "60", *OPTIONS, *options, *adaptive, *widths, "rounds=3", f"run_dir={run}")
     )
     assert process.wait(RUN_S) == 0, gauntlet.words
     meter.up_bytes_s = 0.0
@@ -476,5 +477,6 @@ def test_an_uplink_of_20_kb_s_delivers_and_has_fewer_bits_once_it_is_known(
     told = json.loads(fedq("fleet", "status", "--fleet", gauntlet.fleet.root, "--json").stdout)
     speeds = {one["name"]: one["report"]["up_bytes_s"] for one in told["devices"]}
     assert 10_000 < speeds["device-1"] < 30_000 < min(speeds["device-0"], speeds["device-2"])
-    asked = [record["codecs"] for record in read_rounds(run)[1:]]
-    assert asked[-1] == {"uniform(bits=16)": 2, "uniform(bits=12)": 1}
+    last = read_rounds(run)[-1]
+    assert last["codecs"] == {"uniform(bits=16)": 2, "uniform(bits=12)": 1}
+    assert sum(last["widths"].values()) == 3
