@@ -41,7 +41,7 @@ def schemes() -> list[WeightScheme]:
     for name, cls in registry.table("weight_quantizer").items():
         default = build("weight_quantizer", name)
         every = [default.at(bits) for bits in WIDTHS if bits in default.supported]
-        every += [build("weight_quantizer", name, **options) for options in cls.examples]
+        every += [build("weight_quantizer", name, **options) for options in cls.examples]  # type: ignore[attr-defined]
         for scheme in every or [default]:
             if hasattr(scheme, "rounding"):
                 scheme = dataclasses.replace(scheme, rounding="nearest", gradient="straight")
