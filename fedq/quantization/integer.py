@@ -91,7 +91,8 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
         raise ConfigError(f"the weight of {path} holds NaN or infinity; train again")
     if not quantizer.enabled:
         raise ConfigError(
-            f"the weight of {path} is in float and has no integer form; export with --quantization"
+            f"the weight of {path} is in float and has no integer form; export with --quantization,"
+            " or another --width"
         )
     grid = quantizer.grid(weight)
     multiples = grid.multiples().flatten(1).numpy()
