@@ -61,6 +61,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("data=smartwatch", "partition=iid", "clients=20", "rounds=30", "batch_size=32"),
         *("momentum=0.9", "learning_rate=0.06", "learning_rate_end=0.03"),
     ),
+    # As above, but at a constant learning rate.
+    "activity_constant": ("data=smartwatch", "partition=iid", "clients=20", "rounds=20"),
     # Group normalisation: with one speaker per client, averaged batch statistics swing.
     "keywords": (
         *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=20"),
