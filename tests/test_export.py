@@ -586,7 +586,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("run", sorted(RUNS.keys() - {"none"}))
+def test_a_private_run_needs_examples_for_its_ranges(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exporter_of("onnx")
+    capsys.readouterr()
+    assert main(["export", str(runs / "private"), "--to", "onnx"]) == 2
+    assert "its ranges stay on the clients; train for a round, or" in capsys.readouterr().err
+    assert main(["export", str(runs / "private"), "--to", "onnx", "--calibrate", "200"]) == 0
+
+
+@pytest.mark.parametrize("run", sorted(RUNS.keys() - {"none", "private"}))
 def test_the_command_exports_a_trained_run(
     run: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
