@@ -121,6 +121,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def when_and_where() -> dict[str, str]:
+    """Return the date and the processor, for one cell of a file that several runs write."""
+    here = environment()
+    return {"date": here["date"], "cpu": here["machine"]["cpu"]}
+
+
 def kept(out: Path, name: str, settings: Mapping[str, str], key: str) -> list[dict[str, Any]]:
     """Return the cells that a results file holds of the same settings, so that a rerun goes on.
 

@@ -5,6 +5,9 @@ deployed model, `float` that of the float federation of the same seed, `cost` ho
 (negative: better), each a mean over seeds with the deviation between seeds. `naive` is what needs
 no model: persistence for forecasts, the magnitude of the features for anomalies. Seeds change the
 federation, not the data. Rounds and steps of these experiments were chosen by their test sets.
+
+The results file has a record per experiment and seed, with its date and processor; a rerun keeps
+those of the same settings (`--again` does not).
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def main() -> None:
                     parser.error("keyword_spotting needs --words FOLDER")
                 words = (f"data.path={options.words}",)
             cell = {"experiment": name, "seed": seed, "settings": settings[name]}
-            cells.append({**cell, **measured([*settings[name].split(), *words], seed)})
+            figures = measured([*settings[name].split(), *words], seed)
+            cells.append({**cell, **figures, **_common.when_and_where()})
             print(cells[-1], flush=True)
             report(options.out, cells)
 
