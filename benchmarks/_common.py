@@ -127,7 +127,9 @@ def when_and_where() -> dict[str, str]:
     return {"date": here["date"], "cpu": here["machine"]["cpu"]}
 
 
-def kept(out: Path, name: str, settings: Mapping[str, str], key: str) -> list[dict[str, Any]]:
+def earlier_cells(
+    out: Path, name: str, settings: Mapping[str, str], key: str
+) -> list[dict[str, Any]]:
     """Return the cells that a results file holds of the same settings, so that a rerun goes on.
 
     Args:

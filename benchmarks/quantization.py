@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import kept, parser, table, when_and_where, write
+from _common import earlier_cells, parser, table, when_and_where, write
 
 import fedq
 from fedq import config, simulation
@@ -153,7 +153,9 @@ def main() -> None:
     if "keywords" in arguments.tasks and arguments.words is None:
         options.error("keywords need --words FOLDER")
     settings = {task: " ".join((*TASKS[task], *extra)) for task in TASKS}
-    cells = [] if arguments.again else kept(arguments.out, "quantization", settings, "task")
+    cells = (
+        [] if arguments.again else earlier_cells(arguments.out, "quantization", settings, "task")
+    )
     done = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
     for seed in seeds:
         for task in arguments.tasks:

@@ -48,7 +48,9 @@ def main() -> None:
         options.experiments, options.seeds = ["anomaly_detection"], [0]
     more = QUICK if options.quick else ()
     settings = {name: " ".join((f"experiment={name}", *more)) for name in EXPERIMENTS}
-    cells = [] if options.again else _common.kept(options.out, "zoo", settings, "experiment")
+    cells = (
+        [] if options.again else _common.earlier_cells(options.out, "zoo", settings, "experiment")
+    )
     done = {(cell["experiment"], cell["seed"]) for cell in cells}
     for seed in options.seeds:
         for name in options.experiments:
