@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--out", type=Path, default=RESULTS, help="directory of NAME.json and NAME.md"
     )
     return options
+
+
+def kept(work: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what was measured, now or before a kill: ``work`` keeps a file for each name.
+
+    >>> kept(None, "row", lambda: {"seconds": 1.0})
+    {'seconds': 1.0}
+    """
+    if work is None:
+        return measure()
+    file = work / f"{name.replace('/', '_').replace(' ', '_')}.json"
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+    found = measure()
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found))
+    return found
 
 
 # --- clocks ------------------------------------------------------------------------------------
@@ -103,7 +121,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def kept(out: Path, name: str, settings: Mapping[str, str], key: str) -> list[dict[str, Any]]:
+def when_and_where() -> dict[str, str]:
+    """Return the date and the processor, for one cell of a file that several runs write."""
+    here = environment()
+    return {"date": here["date"], "cpu": here["machine"]["cpu"]}
+
+
+def earlier_cells(
+    out: Path, name: str, settings: Mapping[str, str], key: str
+) -> list[dict[str, Any]]:
     """Return the cells that a results file holds of the same settings, so that a rerun goes on.
 
     Args:

@@ -61,6 +61,11 @@ DEFAULT, PFL = "fedq, 1 worker, int8 QAT and codecs", "pfl"
 TEMPLATE, RAY = "Flower on Ray, its template's client", "Flower on Ray, the plain loop's client"
 
 
+def _with_path(folder: Path) -> str:
+    """Return PYTHONPATH with one more folder at its front."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @dataclass
 class Contestant:
     """One engine's process tree at the other end of a line."""
@@ -91,7 +96,7 @@ class Contestant:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **PROCESS, "PYTHONPATH": str(HERE)},
+                env={**os.environ, **PROCESS, "PYTHONPATH": _with_path(HERE)},
             )
         there.close()
         contestant = cls(name, process, here, int(work["cohort"]), log)

@@ -8,8 +8,8 @@ the test set as deployed, after the last round. Differences to float are paired 
 partition, cohorts and initial weights. Intervals are 95 % by Student's t over seeds.
 
 One run in float gives the float row and those of post-training quantization: its clients' ranges,
-read out in each width. The results file has a record per run; a rerun keeps those of the same
-settings (`--again` does not).
+read out in each width. The results file has a record per run, with its date and processor; a rerun
+keeps those of the same settings (`--again` does not).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import kept, parser, table, write
+from _common import earlier_cells, parser, table, when_and_where, write
 
 import fedq
 from fedq import config, simulation
@@ -61,9 +61,12 @@ TASKS: dict[str, tuple[str, ...]] = {
         *("data=smartwatch", "partition=iid", "clients=20", "rounds=30", "batch_size=32"),
         *("momentum=0.9", "learning_rate=0.06", "learning_rate_end=0.03"),
     ),
+    # As above, but at a constant learning rate.
+    "activity_constant": ("data=smartwatch", "partition=iid", "clients=20", "rounds=20"),
+    # Group normalisation: with one speaker per client, averaged batch statistics swing.
     "keywords": (
-        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=16"),
-        *("batch_size=16", "local_epochs=1", "learning_rate_end=0.03"),
+        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=20"),
+        *("model.norm=group", "batch_size=16", "local_epochs=1", "learning_rate_end=0.03"),
     ),
 }
 PLAIN = ("baseline=false", "engine.workers=1", "evaluate_every=1000")
@@ -150,7 +153,9 @@ def main() -> None:
     if "keywords" in arguments.tasks and arguments.words is None:
         options.error("keywords need --words FOLDER")
     settings = {task: " ".join((*TASKS[task], *extra)) for task in TASKS}
-    cells = [] if arguments.again else kept(arguments.out, "quantization", settings, "task")
+    cells = (
+        [] if arguments.again else earlier_cells(arguments.out, "quantization", settings, "task")
+    )
     done = {(cell["task"], cell["scheme"], cell["seed"]) for cell in cells}
     for seed in seeds:
         for task in arguments.tasks:
@@ -161,7 +166,7 @@ def main() -> None:
                 overrides = (*TASKS[task], *words, *SCHEMES[scheme], *extra)
                 cell = run(overrides, seed, read_out=scheme == "float")
                 name = {"task": task, "scheme": scheme, "seed": seed, "settings": settings[task]}
-                cells.append({**name, **cell})
+                cells.append({**name, **cell, **when_and_where()})
                 print(task, scheme, seed, cell["accuracies"], flush=True)
                 report(arguments.out, cells, settings)
 

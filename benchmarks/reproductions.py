@@ -35,13 +35,13 @@ from fedq.report.study import remarks
 from fedq.report.tables import size
 
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedq" / "reproductions"
-#: Overrides of each task: models of 14,000, 9,000 and 18,000 parameters.
+#: Overrides of each task: smaller models, and as many rounds as float needs to settle.
 TASKS = {
-    "images": ("model=small_cnn", "model.width=8"),
-    "keywords": ("model=small_cnn",),
-    "activity": ("model=imu_cnn", "model.width=16"),
+    "images": ("model=small_cnn", "model.width=8", "rounds=30"),
+    "keywords": ("model=small_cnn", "rounds=40"),
+    "activity": ("model=imu_cnn", "model.width=16", "rounds=50"),
 }
-QUICK = ("data=digits", "clients=6", "clients_per_round=3", "local_epochs=1")
+QUICK = ("rounds=2", "data=digits", "clients=6", "clients_per_round=3", "local_epochs=1")
 #: What a record keeps of a round, beside its number.
 ROUND = ("uplink_bytes", "downlink_bytes")
 
@@ -77,14 +77,17 @@ def to_record(run: Run) -> Record:
         "seed": run.seed,
         "options": digest(dict(run.config)),
         "config": settings,
-        "fedq": (run.summary.get("versions") or {}).get("fedq"),
         "rounds": {
             name: " ".join(f"{record.get(name) or 0:.5g}" for record in run.rounds)
             if name == run.metric.name
             else " ".join(str(record.get(name) or 0) for record in run.rounds)
             for name in columns
         },
-        "float_" + run.metric.name: run.float_score,
+        "summary": {
+            run.metric.float_name: run.float_score,
+            "weight_bytes": run.summary.get("weight_bytes"),
+            "versions": {"fedq": (run.summary.get("versions") or {}).get("fedq")},
+        },
     }
 
 
@@ -93,13 +96,7 @@ def to_run(record: Record) -> Run:
     names = list(record["rounds"])
     rows = zip(*(map(float, text.split()) for text in record["rounds"].values()), strict=True)
     rounds = [dict(zip(names, row, strict=True)) for row in rows]
-    return Run(
-        Path(*map(str, key(record))),
-        record["config"],
-        rounds,
-        {"versions": {"fedq": record["fedq"]}}
-        | {name: value for name, value in record.items() if name.startswith("float_")},
-    )
+    return Run(Path(*map(str, key(record))), record["config"], rounds, record["summary"])
 
 
 def read(out: Path) -> list[Record]:
@@ -117,12 +114,11 @@ def requests(chosen: Any, tasks: Sequence[str], extra: Sequence[str]) -> Iterabl
     seeds = range(chosen.seed, chosen.seed + chosen.seeds)
     methods = config.choices("method") if chosen.methods == "all" else chosen.methods.split(",")
     parts = chosen.partitions.split(",")
-    for partition, seed, method, task in itertools.product(parts, seeds, methods, tasks):
+    for partition, seed, task, method in itertools.product(parts, seeds, tasks, methods):
         path = [f"data.path={chosen.keywords.resolve()}"] if task == "keywords" else []
         yield [
             *("experiment=reproductions", f"task={task}", f"partition={partition}"),
-            *(f"method={method}", f"seed={seed}", f"rounds={chosen.rounds}"),
-            *(*TASKS[task], *path, *extra),
+            *(f"method={method}", f"seed={seed}", *TASKS[task], *path, *extra),
         ]
 
 
@@ -149,7 +145,6 @@ def main() -> int:
     options.add_argument("--partitions", default="dirichlet03,iid")
     options.add_argument("--methods", default="all")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--rounds", type=int, default=50)
     options.add_argument("--jobs", type=int, help="runs at a time (default: as cores allow)")
     options.add_argument("--tables", action="store_true", help="only tables, of runs that ended")
     chosen = options.parse_args()
@@ -157,7 +152,7 @@ def main() -> int:
     extra: tuple[str, ...] = ()
     if chosen.quick:
         tasks, extra = ["images"], QUICK
-        chosen.partitions, chosen.methods, chosen.seeds, chosen.rounds = "iid", "fedavg,fedq", 2, 2
+        chosen.partitions, chosen.methods, chosen.seeds = "iid", "fedavg,fedq", 2
         chosen.work = chosen.out / "runs"
     elif "keywords" in tasks and chosen.keywords is None and not chosen.tables:
         tasks.remove("keywords")

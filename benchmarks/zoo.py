@@ -5,6 +5,9 @@ deployed model, `float` that of the float federation of the same seed, `cost` ho
 (negative: better), each a mean over seeds with the deviation between seeds. `naive` is what needs
 no model: persistence for forecasts, the magnitude of the features for anomalies. Seeds change the
 federation, not the data. Rounds and steps of these experiments were chosen by their test sets.
+
+The results file has a record per experiment and seed, with its date and processor; a rerun keeps
+those of the same settings (`--again` does not).
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ def main() -> None:
         options.experiments, options.seeds = ["anomaly_detection"], [0]
     more = QUICK if options.quick else ()
     settings = {name: " ".join((f"experiment={name}", *more)) for name in EXPERIMENTS}
-    cells = [] if options.again else _common.kept(options.out, "zoo", settings, "experiment")
+    cells = (
+        [] if options.again else _common.earlier_cells(options.out, "zoo", settings, "experiment")
+    )
     done = {(cell["experiment"], cell["seed"]) for cell in cells}
     for seed in options.seeds:
         for name in options.experiments:
@@ -57,7 +62,8 @@ def main() -> None:
                     parser.error("keyword_spotting needs --words FOLDER")
                 words = (f"data.path={options.words}",)
             cell = {"experiment": name, "seed": seed, "settings": settings[name]}
-            cells.append({**cell, **measured([*settings[name].split(), *words], seed)})
+            figures = measured([*settings[name].split(), *words], seed)
+            cells.append({**cell, **figures, **_common.when_and_where()})
             print(cells[-1], flush=True)
             report(options.out, cells)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import _make
 import torch
@@ -12,25 +12,12 @@ from _make import BLUE, DOCS, GREY
 from torch import Tensor
 
 from fedq import build, reference, registry
+from fedq.quantization.weights.base import WeightScheme
 
 PAGE = DOCS / "quantization.md"
 PICTURE = DOCS / "quantization_staircases.svg"
-#: Drawn and measured: name in the registry, options.
-DRAWN: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("linear", {"bits": 8}),
-    ("linear", {"bits": 4}),
-    ("linear", {"bits": 4, "range": "mse"}),
-    ("linear", {"bits": 4, "symmetric": False}),
-    ("linear", {"bits": 2, "range": "mse"}),
-    ("lsq", {"bits": 4}),
-    ("lsq", {"bits": 2}),
-    ("power_of_two", {"bits": 4}),
-    ("additive_power_of_two", {"bits": 4}),
-    ("codebook", {"bits": 4}),
-    ("codebook", {"bits": 2}),
-    ("ternary", {}),
-    ("binary", {}),
-)
+WIDTHS = (8, 4, 2)
+COLUMNS = 4
 
 
 def weights() -> Tensor:
@@ -38,22 +25,40 @@ def weights() -> Tensor:
     return torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
 
 
-def error(name: str, options: dict[str, Any]) -> float:
+def schemes() -> list[WeightScheme]:
+    """Return every registered scheme at the usual widths that it knows, then its own examples.
+
+    What shows in training alone (random rounding, the gradient) makes no row of its own.
+    """
+    found: dict[str, WeightScheme] = {}
+    for name, cls in registry.table("weight_quantizer").items():
+        default = build("weight_quantizer", name)
+        every = [default.at(bits) for bits in WIDTHS if bits in default.supported]
+        every += [build("weight_quantizer", name, **options) for options in cls.examples]  # type: ignore[attr-defined]
+        for scheme in every or [default]:
+            if hasattr(scheme, "rounding"):
+                scheme = dataclasses.replace(scheme, rounding="nearest", gradient="straight")
+            found[registry.describe(scheme)] = scheme
+    return list(found.values())
+
+
+def error(scheme: WeightScheme) -> float:
     """Return the mean square error over the mean square of normal weights."""
     weight = weights()
-    module = build("weight_quantizer", name, **options).quantizer(weight).eval()
+    module = scheme.quantizer(weight).eval()
     with torch.no_grad():
         return float((module(weight) - weight).square().mean() / weight.square().mean())
 
 
 def table() -> str:
     """Return the weight quantizers as a Markdown table."""
-    rows = []
-    for name, options in DRAWN:
-        scheme = build("weight_quantizer", name, **options)
-        made = f"{error(name, options):.2g}"
+    rows, said = [], ""
+    for scheme in schemes():
         what = reference.title(type(scheme))
-        rows.append([f"`{registry.describe(scheme)}`", what, str(scheme.bits), made])
+        made = f"{error(scheme):.2g}"
+        shown = "" if what == said else what
+        rows.append([f"`{registry.describe(scheme)}`", shown, str(scheme.bits), made])
+        said = what
     return _make.table(["weights", "what, and whose", "bits in storage", "error"], rows, right=2)
 
 
@@ -70,15 +75,20 @@ def draw() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fedq"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 4, figsize=(9, 6.2), sharex=True, sharey=True)
     weight = weights()[:1]
     order = weight[0].argsort()
-    for axis, (name, options) in zip(axes.flat, DRAWN[1:], strict=True):
-        scheme = build("weight_quantizer", name, **options)
+    drawn = [  # more bits look like none, and one channel has one scale
+        s for s in schemes() if s.bits <= 4 and getattr(s, "per_channel", True)
+    ]
+    rows = -(-len(drawn) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(9, 1.9 * rows), sharex=True, sharey=True)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    for axis, scheme in zip(axes.flat, drawn, strict=False):
         values = scheme.quantizer(weight).eval()(weight).detach()
         axis.plot([-3, 3], [-3, 3], color=GREY, linewidth=0.8)
         axis.step(weight[0, order], values[0, order], where="mid", color=BLUE, linewidth=1.4)
-        axis.set_title(registry.describe(scheme), fontsize=7)
+        axis.set_title(registry.describe(scheme).replace(", ", ",\n", 1), fontsize=7)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("weight", fontsize=9)

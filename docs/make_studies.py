@@ -1,6 +1,6 @@
-"""The pictures of docs/studies.md, from the runs of benchmarks/reproductions.py.
+"""The pictures of docs/studies.md, from the results of benchmarks/reproductions.py.
 
-    python docs/make_studies.py RUNS       # its --work directory
+    python docs/make_studies.py
 
 The screenshot needs playwright and a Chromium: `--chromium /usr/bin/chromium`, or playwright's own.
 """
@@ -8,14 +8,16 @@ The screenshot needs playwright and a Chromium: `--chromium /usr/bin/chromium`, 
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedq.report import Study, find_runs, study_plots
+from fedq.report import Study, study_plots
 from fedq.report.page import page
 
 DOCS = Path(__file__).parent
+BENCHMARKS = DOCS.parent / "benchmarks"
 PICTURES = {"pareto_bytes.svg": "studies_pareto.svg", "accuracy_vs_bytes.svg": "studies_curves.svg"}
 SIZE = {"width": 1180, "height": 820}
 
@@ -47,11 +49,13 @@ def screenshot(study: Study, out: Path, chromium: str | None) -> None:
 def main() -> None:
     """Write all pictures."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("runs", type=Path)
     options.add_argument("--chromium", help="path of the browser")
     options.add_argument("--out", type=Path, default=DOCS)
     chosen = options.parse_args()
-    study = Study.of(find_runs([chosen.runs]))
+    sys.path.insert(0, str(BENCHMARKS))
+    from reproductions import read, to_run
+
+    study = Study.of([to_run(record) for record in read(BENCHMARKS / "results")])
     pictures(study, chosen.out)
     if find_spec("playwright"):
         screenshot(study, chosen.out, chosen.chromium)

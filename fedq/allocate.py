@@ -154,7 +154,7 @@ def allocate(
     found, searched = {"knapsack": joint(knapsack.bits)}, None
     if search:
         tried = evolve(table, joint, budget, trials=search, seed=derive(seed, "search") % 2**32)
-        searched = min((p for p in tried if p.cost <= budget), key=lambda p: (p.loss, p.cost))
+        searched = min(tried, key=lambda p: (p.loss, p.cost))
         found["search"] = searched.loss
         if searched.loss < found["knapsack"]:
             chosen = searched

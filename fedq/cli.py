@@ -226,6 +226,11 @@ def _parser() -> argparse.ArgumentParser:
         "512 examples if it has none)",
     )
     export.add_argument(
+        "--width",
+        metavar="NAME",
+        help="of a run with clients of several widths, such as w4 (default: the first)",
+    )
+    export.add_argument(
         "--steps",
         type=int,
         default=1,
@@ -562,7 +567,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.export._release import release
     from fedq.export._source import source
 
-    network = source(experiment, tensors, quantization, options.calibrate)
+    network = source(experiment, tensors, quantization, options.calibrate, options.width)
     folder = options.out or options.directory / "export"
     released = []
     for exporter in exporters:

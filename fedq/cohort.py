@@ -1,18 +1,22 @@
-"""Who is connected, and who of them is asked: a round's cost does not grow with the federation.
+"""Who is connected, and who of them is asked: no object per client, and no list of them.
 
 Simulated nodes are a range of numbers, and a range is all that is kept of them. A cohort is drawn
-by places among those that may be asked, without a list of them.
+by places among those that may be asked. Only where devices come and go is there an array of places
+for a moment, 8 bytes each: their random order, in which they are tried until enough are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 
+from fedq import records  # noqa: F401
+
 # isort: split
-from flwr.proto.node_pb2 import NodeInfo
+# After fedq.records, which sets what Flower reads at import.
+from flwr.serverapp import Grid
 
 
 class Nodes(Mapping[int, int]):
@@ -34,9 +38,12 @@ class Nodes(Mapping[int, int]):
             self._places = {node: place for place, node in enumerate(order)}
 
     @classmethod
-    def registered(cls, infos: Iterable[NodeInfo]) -> Nodes:
-        """Order nodes by the time at which they registered, as a grid knows it."""
-        ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
+    def of(cls, grid: Grid) -> Nodes:
+        """Return a grid's nodes; a range is in order, others say when they registered."""
+        ids = grid.get_node_ids()
+        if isinstance(ids, range):
+            return cls(ids)
+        ordered = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
         return cls([node.node_id for node in ordered])
 
     def __getitem__(self, node: int) -> int:

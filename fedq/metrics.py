@@ -48,6 +48,10 @@ class Metric:
             return "-"
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
 
+    def loss(self, value: float) -> float:
+        """Return a value whose order is from best to worst."""
+        return -value if self.higher_is_better else value
+
     def reached(self, value: float, level: float) -> bool:
         """Whether a value is as good as a level, or better."""
         return value >= level if self.higher_is_better else value <= level

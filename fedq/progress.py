@@ -55,6 +55,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.up = self.down = self.plain = 0
+        self.seconds = self.joules = 0.0
         self.metric = ACCURACY
         self.score: float | None = None
 
@@ -62,6 +63,8 @@ class _Totals:
         self.up += record["uplink_bytes"]
         self.down += record["downlink_bytes"]
         self.plain += record["float32_uplink_bytes"] + record["float32_downlink_bytes"]
+        self.seconds += record.get("simulated_seconds") or 0.0
+        self.joules += record.get("joules") or 0.0
         if metric := metric_of(record):
             self.metric, self.score = metric, record[metric.name]
 
@@ -70,7 +73,12 @@ class _Totals:
         sent = self.up + self.down
         # The float baseline is float32 but for the frames: no ratio to speak of.
         ratio = f", {self.plain / sent:.1f}x below float32" if self.plain > 1.01 * sent else ""
-        return f"{score}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
+        text = f"{score}  up {megabytes(self.up)}  down {megabytes(self.down)}{ratio}"
+        if self.seconds or self.joules:  # a fleet is simulated
+            from fedq.report.tables import duration, joules
+
+            text += f"  {duration(self.seconds)} simulated, {joules(self.joules)}"
+        return text
 
 
 def warn_of_losses(record: Mapping[str, Any]) -> None:

@@ -46,6 +46,8 @@ import fedq
 from fedq.errors import ConfigError, FedqError
 
 CONFIG, ROUNDS, SUMMARY = "config.yaml", "rounds.jsonl", "summary.json"
+#: What a fleet's links carried, by device, where a meter counted.
+WIRE = "wire.json"
 MODEL, CHECKPOINTS, LOCK = "model.safetensors", "checkpoint", ".lock"
 _KEY = "fedq"  # one metadata key: safetensors keeps no order among several
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
@@ -384,6 +386,23 @@ def read_summary(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not isinstance(summary, dict):
         raise FedqError(f"{path} is damaged: not a JSON object; remove it or run again")
     return summary
+
+
+def read_wire(path: str | os.PathLike[str]) -> int | None:
+    """Return the bytes that a metered fleet's links carried, from ``wire.json``; None without.
+
+    Counted are all devices and both directions, with TLS and retries.
+    """
+    path = Path(path) / WIRE
+    if not path.exists():
+        return None
+    try:
+        return sum(
+            int(one["up_bytes"]) + int(one["down_bytes"])
+            for one in json.loads(_text(path)).values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise FedqError(f"{path} is damaged; remove it or run again") from None
 
 
 def read_model(

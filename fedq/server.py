@@ -59,6 +59,7 @@ OPTIMIZER_PREFIX, BROADCAST_PREFIX, WAITING_PREFIX = "optimizer.", "broadcast.",
 OPTIONAL = frozenset(
     {
         *("privacy", "simulated_seconds", "joules", "joules_by_use"),
+        *("wire_uplink_bytes", "wire_downlink_bytes"),
         *("edge_uplink_bytes", "edge_downlink_bytes", "edge_nmse"),
         *("codecs", "widths", "sparsity"),
     }
@@ -502,7 +503,7 @@ def summarise(
     some = (f"{metric.name}_by_width", "sparsity", "attack_success", "float_attack_success")
     physics = {
         key: math.fsum(record.get(key, 0.0) for record in rounds)
-        for key in ("simulated_seconds", "joules")
+        for key in ("simulated_seconds", "joules", "wire_uplink_bytes", "wire_downlink_bytes")
         if experiment.fleet.timed
     }
     edges = {

@@ -124,10 +124,11 @@ class RoundReport:
     """What one round did. All sizes are lengths of bytes that crossed the grid.
 
     Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for. With edge aggregators, ``uplink_bytes`` and
-    ``downlink_bytes`` are between clients and edges, and those of ``edge`` between them and the
-    server; ``edge_nmse`` is what the second hop's encoding added to the mean. ``codecs`` and
-    ``widths`` count the clients that were asked for each, where those differ by client.
+    ``joules`` what all its devices used, by what for; ``wire_*_bytes`` are those on the air. With
+    edge aggregators, ``uplink_bytes`` and ``downlink_bytes`` are between clients and edges, and
+    those of ``edge`` between them and the server; ``edge_nmse`` is what the second hop's encoding
+    added to the mean. ``codecs`` and ``widths`` count the clients that were asked for each, where
+    those differ by client.
     """
 
     round: int
@@ -148,18 +149,19 @@ class RoundReport:
     simulated_seconds: float | None = None
     joules: float | None = None
     joules_by_use: dict[str, float] | None = None
+    wire_uplink_bytes: int | None = None
+    wire_downlink_bytes: int | None = None
     edge_uplink_bytes: int | None = None
     edge_downlink_bytes: int | None = None
     edge_nmse: float | None = None
     codecs: dict[str, int] | None = None
     widths: dict[str, int] | None = None
+    sparsity: float | None = None
 
     def count(self, what: Literal["codecs", "widths"], choice: str) -> None:
         """Count a client that was asked for a codec, or for a width, of its own."""
         counts = getattr(self, what) or {}
         setattr(self, what, {**counts, choice: counts.get(choice, 0) + 1})
-
-    sparsity: float | None = None
 
     def reject(self, kind: str, reason: str) -> None:
         """Count a lost update, and keep the first few reasons, fit for a terminal."""
@@ -560,9 +562,7 @@ class FedQ(Strategy):
         if not isinstance(ids, range):
             ids = frozenset(ids)
         if self._nodes is None or self._nodes[0] != ids:
-            # A range is in order; other nodes say when they registered.
-            nodes = Nodes(ids) if isinstance(ids, range) else Nodes.registered(grid.get_nodes())
-            self._nodes = ids, nodes
+            self._nodes = ids, Nodes.of(grid)
         if not self._nodes[1]:
             raise ConfigError("no client is connected; start clients before the server runs")
         return self._nodes[1]
@@ -692,6 +692,8 @@ class FedQ(Strategy):
             report.simulated_seconds = after.now_s - before.now_s
             report.joules = energy.joules
             report.joules_by_use = dataclasses.asdict(energy)
+            report.wire_uplink_bytes = current.timing.wire_uplink_bytes
+            report.wire_downlink_bytes = current.timing.wire_downlink_bytes
         if self.downlink.codec.predictive:
             sent = before.broadcasts.after(
                 report.round,

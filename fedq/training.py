@@ -24,6 +24,7 @@ from fedq.adversarial import Adversary
 from fedq.errors import ConfigError, FedqError
 from fedq.layout import Layout, Vector
 from fedq.models.base import Model, create
+from fedq.models.norms import FROZEN
 from fedq.models.structure import structure
 from fedq.pruning.base import Structure, Support
 from fedq.quantization.base import float_twin as computing_in_float
@@ -257,7 +258,11 @@ class Trainer:
         Args:
           x: (n, ...) examples, channels first.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FROZEN)
+        ]
         momenta = [m.momentum for m in norms]
         with _one_thread(), torch.no_grad():
             for norm in norms:
@@ -285,6 +290,11 @@ class Trainer:
             parts = [self.model(_channels_last(x[i : i + 500])) for i in range(0, len(x), 500)]
         out: NDArray[np.float32] = torch.cat(parts).numpy()
         return out
+
+    def divergence(self, x: NDArray[np.float32], taught: NDArray[np.float32]) -> float:
+        """Return how far the network's outputs are from a teacher's, mean over examples."""
+        outputs = torch.from_numpy(self.outputs(x))
+        return float(self.task.divergence(outputs, torch.from_numpy(taught)))
 
     def _fit(
         self,

@@ -18,7 +18,7 @@ from fedq import config
 from fedq.allocate import allocate
 from fedq.cli import main
 from fedq.errors import ConfigError
-from fedq.quantization.allocation import Layers, best, front
+from fedq.quantization.allocation import Layers, best, evolve, front
 from fedq.quantization.fake import WeightQuantizer
 from fedq.simulation import run_experiment
 
@@ -56,6 +56,38 @@ def test_the_front_holds_the_best_of_every_budget(
             best(points, budget)
     assert [p.cost for p in points] == sorted({p.cost for p in points})
     assert [p.loss for p in points] == sorted({p.loss for p in points}, reverse=True)
+
+
+def test_a_search_finds_what_the_knapsack_knows_and_repeats_itself() -> None:
+    costs = [{2: 2.0, 4: 4.0, 8: 8.0}] * 3
+    losses = [{2: 5.0, 4: 1.0, 8: 0.0}, {2: 0.5, 4: 0.1, 8: 0.0}, {2: 9.0, 4: 3.0, 8: 0.0}]
+    asked = []
+
+    def loss(bits: tuple[int, ...]) -> float:
+        asked.append(bits)
+        return sum(of[width] for of, width in zip(losses, bits, strict=True))
+
+    tried = evolve(costs, loss, 14.0, trials=120, seed=1)
+    assert len(asked) == len(set(asked)) == len(tried) <= 27
+    assert max(p.cost for p in tried) <= 14
+    found = min(tried, key=lambda p: p.loss)
+    assert found == best(front(costs, losses), 14.0)
+    assert tried == evolve(costs, loss, 14.0, trials=120, seed=1)
+    with pytest.raises(ConfigError, match="the cheapest costs 6"):
+        evolve(costs, loss, 5.0, trials=9, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["size", "energy", "latency"])
+def test_a_search_is_the_reference_under_every_budget(run: Path, kind: str) -> None:
+    found = allocate(run, bits=3.5, cost=kind, search=12)
+    assert found.searched is not None
+    assert max(p.cost for p in (found.chosen, found.knapsack, found.searched)) <= found.budget
+    assert (
+        min(found.joint.values())
+        == found.joint["search" if found.chosen == found.searched else "knapsack"]
+    )
+    assert {"knapsack", "search"} <= {point["kind"] for point in found.measured}
+    assert found == allocate(run, bits=3.5, cost=kind, search=12)
 
 
 def test_layers_are_quantized_one_at_a_time() -> None:

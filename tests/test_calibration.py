@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def test_one_example_sets_every_range_and_nothing_else(trained: Any) -> None:
     assert all(torch.equal(prepared.state_dict()[k], v) for k, v in state.items())
     with pytest.raises(ConfigError, match="at least one example"):
         calibrate(prepared, x[:0])
+    with pytest.raises(ConfigError, match="hold NaN or infinity"):
+        calibrate(prepared, (x[:2] * math.inf).numpy())
 
 
 def test_chosen_rounding_serves_better_than_the_nearest(trained: Any) -> None:

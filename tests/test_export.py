@@ -32,6 +32,7 @@ from fedq.export.base import Exporter
 from fedq.models import create
 from fedq.quantization.integer import activation_grid, integer_weight
 from fedq.registry import table
+from fedq.results import read_config, read_model
 
 CONF = Path(__file__).parents[1] / "conf"
 SHAPES = [(1, 12, 12), (3, 32, 32), (6, 64), (20,)]
@@ -585,7 +586,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("run", sorted(RUNS.keys() - {"none"}))
+def test_a_private_run_needs_examples_for_its_ranges(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exporter_of("onnx")
+    capsys.readouterr()
+    assert main(["export", str(runs / "private"), "--to", "onnx"]) == 2
+    assert "its ranges stay on the clients; train for a round, or" in capsys.readouterr().err
+    assert main(["export", str(runs / "private"), "--to", "onnx", "--calibrate", "200"]) == 0
+
+
+@pytest.mark.parametrize("run", sorted(RUNS.keys() - {"none", "private"}))
 def test_the_command_exports_a_trained_run(
     run: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -600,6 +611,21 @@ def test_the_command_exports_a_trained_run(
         assert item["trained_accuracy"] == pytest.approx(summary["accuracy"])
         assert item["calibrated_on_examples"] == 0
         assert Path(item["path"]).is_file()
+
+
+def test_a_run_of_several_widths_is_exported_in_each(runs: Path) -> None:
+    experiment = config.load_resumed(read_config(runs / "mixed"), [])
+    tensors, _ = read_model(runs / "mixed")
+    summary = json.loads((runs / "mixed" / "summary.json").read_text())
+    for width, accuracy in summary["accuracy_by_width"].items():
+        given = source(experiment, tensors, experiment.quantization, width=width)
+        x, y = given.dataset.test_inputs(), given.dataset.y_test
+        assert given.calibrated == 0
+        assert (given.logits(x).argmax(1) == y).mean() == pytest.approx(accuracy)
+        bits = {op.weights.bits for op in convert_source(given).weighted}
+        assert bits <= {int(width[1:]), 8}  # the first and the last layer have 8
+    with pytest.raises(ConfigError, match="no width w3; it was trained with w8, w4, w2"):
+        source(experiment, tensors, experiment.quantization, width="w3")
 
 
 def test_the_command_quantizes_a_float_run(
@@ -617,8 +643,6 @@ def test_the_command_quantizes_a_float_run(
 
 
 def test_one_image_calibrates_with_a_warning(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from fedq.results import read_config, read_model
-
     experiment = config.load_resumed(read_config(runs / "none"), [])
     tensors, _ = read_model(runs / "none")
     log = logging.getLogger("fedq")

@@ -185,6 +185,9 @@ def test_energy_is_the_sum_of_what_it_went_into() -> None:
     assert exchange.energy(0.0).joules == exchange.energy(-1.0).joules == 0.0
     spent = [exchange.energy(t).joules for t in np.linspace(0, 20, 100)]
     assert spent == sorted(spent)
+    assert exchange.wire_bytes() == (50, 100)
+    assert exchange.wire_bytes(1.0) == (0, 50)
+    assert exchange.wire_bytes(14.0) == (25, 100)
 
 
 # --- availability --------------------------------------------------------------------------------
@@ -276,6 +279,8 @@ def physics(report: RoundReport) -> tuple[object, ...]:
         report.simulated_seconds,
         report.joules,
         report.joules_by_use,
+        report.wire_uplink_bytes,
+        report.wire_downlink_bytes,
         dict(report.rejected),
         report.uplink_bytes,
         report.replies,
@@ -291,6 +296,8 @@ def test_a_fleet_changes_no_model_and_adds_its_time() -> None:
     for report in reports:
         assert report.joules_by_use is not None
         assert report.joules == pytest.approx(sum(report.joules_by_use.values()), rel=1e-12)
+        assert report.wire_uplink_bytes is not None
+        assert report.wire_uplink_bytes > report.uplink_bytes  # headers, repetitions
 
 
 def test_a_round_lasts_as_long_as_its_slowest_client() -> None:

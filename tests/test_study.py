@@ -21,6 +21,7 @@ from fedq.report import Study, find_runs, report, study_tables
 from fedq.report.page import page
 from fedq.report.runs import survey
 from fedq.report.study import front, interval, paired, remarks
+from fedq.report.tables import note
 from fedq.results import RunDirectory
 
 FLOAT, UP = 4000, 1000
@@ -37,9 +38,10 @@ def write_run(
     rounds: int = 5,
     until: int | None = None,
     partition: str = "iid",
+    metric: str = "accuracy",
     **extra: float,
 ) -> Path:
-    """Write a run whose accuracy grows linearly to ``top``; unfinished with ``until``."""
+    """Write a run whose score grows linearly to ``top``; unfinished with ``until``."""
     is_float = name == "float"
     config = {
         "name": name,
@@ -56,11 +58,11 @@ def write_run(
             sent = {"uplink_bytes": up, "downlink_bytes": down}
             record: dict[str, Any] = {key: value * (number > 0) for key, value in sent.items()}
             record |= {key: value * (number > 0) for key, value in extra.items()}
-            run.append_round({"round": number, "accuracy": top * number / rounds, **record})
+            run.append_round({"round": number, metric: top * number / rounds, **record})
         if until is None:
             sums = {"uplink_bytes": up * rounds, "downlink_bytes": down * rounds}
             versions = {"versions": {"fedq": "0.1.0"}}
-            run.write_summary({"name": name, "accuracy": top, "rounds": rounds, **sums, **versions})
+            run.write_summary({"name": name, metric: top, "rounds": rounds, **sums, **versions})
     return path
 
 
@@ -127,12 +129,12 @@ def test_methods_are_means_of_their_seeds(sweep: Path) -> None:
     found = study(sweep)
     assert [m.label for m in found.methods] == ["good", "float", "bad"]  # best first
     good = method(found, "good")
-    assert good.by_seed("accuracy") == {0: 0.91, 1: 0.92, 2: 0.93}
-    assert math.isclose(good.mean("accuracy").mean, 0.92)
+    assert good.by_seed("score") == {0: 0.91, 1: 0.92, 2: 0.93}
+    assert math.isclose(good.mean("score").mean, 0.92)
     assert good.curve["round"] == [1, 2, 3, 4, 5]
     assert np.allclose(good.curve["total_bytes"], 2 * UP * np.arange(1, 6))
     assert np.allclose(good.curve["joules"], 5.0 * np.arange(1, 6))
-    assert np.allclose(good.curve["accuracy"], 0.92 * np.arange(1, 6) / 5)
+    assert np.allclose(good.curve["score"], 0.92 * np.arange(1, 6) / 5)
 
 
 def test_the_reference_is_float_unless_one_says(sweep: Path) -> None:
@@ -193,6 +195,36 @@ def test_labels_are_the_overrides_in_which_namesakes_differ(tmp_path: Path) -> N
     assert [m.label for m in study(tmp_path).methods] == ["codec.bits=2", "codec.bits=3"]
 
 
+def test_where_lower_is_better_all_is_the_other_way_round(tmp_path: Path) -> None:
+    """Errors fall to 0.2 of float; the good method ends at 0.201, the bad one at 0.3."""
+    for seed in range(2):
+        for name, end in (("float", 0.2), ("good", 0.201), ("bad", 0.3)):
+            path = write_run(
+                tmp_path / f"{name}{seed}", name, seed, end, metric="mae", partition="dirichlet",
+                **({"up": FLOAT, "down": FLOAT} if name == "float" else {}),
+            )  # fmt: skip
+            lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+            for line in lines:
+                line["mae"] = 1.0 - (1.0 - end) * line["round"] / 5
+            (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(tmp_path / "other", "float", 0, 0.9)
+    found = study(tmp_path)
+    task, other = found.tasks
+    assert [m.label for m in found.tasks[task]] == ["float", "good", "bad"]
+    assert [found.metric(name).name for name in (task, other)] == ["mae", "accuracy"]
+    assert [m.label for m in found.front(task, "total_bytes")] == ["good", "float"]
+    reached = found.to_reach(method(found, "good"))
+    assert (reached.reached, reached.ratio) == (2, FLOAT / UP)  # 0.201 is below 0.2 / 0.99
+    assert found.to_reach(method(found, "bad")).reached == 0
+    report([tmp_path], tmp_path / "out")
+    assert (tmp_path / "out" / "score_vs_bytes.svg").exists()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| method | seeds | MAE |" in text
+    assert "| method | seeds | accuracy |" in text
+    assert "Lower MAE is better" in text
+    assert "0.201 ± 0" in text
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -212,7 +244,7 @@ def test_a_study_gets_all_its_files(sweep: Path, tmp_path: Path) -> None:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     rows = list(csv.DictReader(io.StringIO((out / "summary.csv").read_text())))
     assert [row["method"] for row in rows] == ["good", "float", "bad"]
-    assert math.isclose(float(rows[0]["accuracy"]), 0.92)
+    assert math.isclose(float(rows[0]["score"]), 0.92)
     assert rows[0]["on_front_of_total_bytes"] == "True"
     assert float(rows[0]["joules"]) == 25
 
@@ -224,6 +256,32 @@ def test_costs_that_no_run_tells_of_have_no_picture(tmp_path: Path) -> None:
     assert (tmp_path / "pareto_bytes.png").exists()
     assert not list(tmp_path.glob("*_time.*"))
     assert "simulated" not in (tmp_path / "report.md").read_text()
+
+
+def test_bytes_on_the_wire_are_beside_those_of_messages(tmp_path: Path) -> None:
+    """From the rounds, or from what a fleet's meters counted."""
+    extra = {"wire_uplink_bytes": 1500, "wire_downlink_bytes": 1100, "simulated_seconds": 60.0}
+    write_run(tmp_path / "1", "good", 0, 0.9, **extra)
+    other = write_run(tmp_path / "2", "float", 0, 0.9)
+    (other / "wire.json").write_text('{"pi": {"up_bytes": 20000, "down_bytes": 3000}}')
+    found = study(tmp_path)
+    assert [method(found, m).mean("wire_bytes").mean for m in ("good", "float")] == [13_000, 23_000]
+    assert "| on the wire |" in study_tables.to_markdown(found)
+    text = note(find_runs([tmp_path / "1"]))
+    assert "good: 5 min simulated, 13.0 kB on the wire for 10.0 kB of messages." in text
+    (other / "wire.json").write_text("{}x")
+    with pytest.raises(FedqError, match=r"wire\.json is damaged"):
+        find_runs([other])
+
+
+def test_what_is_stored_and_what_is_zero_has_a_column(tmp_path: Path) -> None:
+    for name, extra in (("pruned", {"weight_bytes": 500, "zero_weights": 0.5}), ("float", {})):
+        path = write_run(tmp_path / name, name, 0, 0.9)
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | extra))
+    text = study_tables.to_markdown(study(tmp_path))
+    assert "| weights stored | zeros |" in text
+    assert "| 500 B | 50 % |" in text
 
 
 def test_latex_is_balanced_and_escaped(sweep: Path) -> None:
@@ -288,7 +346,7 @@ def test_what_is_damaged_is_named_and_the_rest_shown(sweep: Path) -> None:
     (sweep / "12" / "manifest.json").write_text('{"schema": 99, "config": {}}')
     found = survey([sweep])
     assert {path.name for path in found.left_out} == {"10", "11", "70"}
-    assert method(Study.of(found.runs), "good").by_seed("accuracy") == {2: 0.93}
+    assert method(Study.of(found.runs), "good").by_seed("score") == {2: 0.93}
     report([sweep], sweep / "out")
     text = (sweep / "out" / "report.md").read_text()
     for name in ("10", "11", "70"):
@@ -298,7 +356,7 @@ def test_what_is_damaged_is_named_and_the_rest_shown(sweep: Path) -> None:
 def test_unfinished_runs_do_not_count_beside_finished_ones(sweep: Path) -> None:
     write_run(sweep / "80", "good", 3, 0.99, until=2)
     found = study(sweep)
-    assert set(method(found, "good").by_seed("accuracy")) == {0, 1, 2}
+    assert set(method(found, "good").by_seed("score")) == {0, 1, 2}
     assert any("unfinished, 2 of 5 rounds" in line for line in remarks(found.runs))
     write_run(sweep / "81", "begun", 0, 0.5, until=1)
     assert "begun * (unfinished)" in study_tables.to_markdown(study(sweep))

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from _protocol import Driver
 
-from fedq import config, registry, simulation
+from fedq import build, config, registry, simulation
 from fedq.client import client_app
 from fedq.data.base import load
+from fedq.data.partitions.base import Parts
 from fedq.downlink import models_kept
 from fedq.engines.local import LocalGrid
 from fedq.experiment import Experiment
@@ -46,14 +47,15 @@ def strategy(experiment: Experiment) -> tuple[FedQ, np.ndarray, np.ndarray]:
     return fedq, trainer.weights(), trainer.state()
 
 
-def partition(experiment: Experiment, clients: int | None) -> list[np.ndarray]:
+def partition(experiment: Experiment, clients: int | None) -> Parts:
     """Return the experiment's partition, or 40 rows for each of any number of clients."""
     dataset = load(experiment.data)
     if clients is None:
         return simulation.partition(experiment, dataset)
-    rng = np.random.default_rng(experiment.seed)
-    rows = rng.integers(len(dataset.y_train), size=(clients, 40))
-    return list(rows)
+    drawn: Parts = build("partition", "draws", rows=40).split(
+        dataset.strata, clients, experiment.seed
+    )
+    return drawn
 
 
 def main() -> None:

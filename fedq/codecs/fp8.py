@@ -98,7 +98,7 @@ class Fp8(Codec):
         u = fractions(seed, x.size, "fp8") if self.unbiased else None
         codes = np.empty(x.size, np.int32)
         for part, top in pieces(high, sizes):
-            t = x[part] / np.where(top > 0, top, 1.0) * levels[-1]
+            t = x[part] / np.where(top > 0, top / levels[-1], 1.0)
             if u is None:
                 codes[part] = _nearest(t, levels)
                 continue
@@ -121,7 +121,7 @@ class Fp8(Codec):
         for part, top in pieces(high, sizes):
             if (codes[part][top == 0] != zero).any():
                 raise DecodeError("a group of zeros has a level")
-            y[part] = to_float32(levels[codes[part]] / levels[-1] * top)
+            y[part] = to_float32(levels[codes[part]] * (top / levels[-1]))
         return y
 
 

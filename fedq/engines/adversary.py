@@ -13,6 +13,7 @@ from fedq import records, wire
 from fedq.attacks._defence import Defence
 from fedq.attacks.base import Attack, Honest, View
 from fedq.codecs.base import Codec, decode_frame
+from fedq.cohort import Nodes
 from fedq.engines.stream import WrappedGrid
 from fedq.errors import DecodeError
 from fedq.experiment import Experiment
@@ -108,10 +109,9 @@ class Adversary(WrappedGrid):
     def _nodes(self) -> frozenset[int]:
         """Return the hostile nodes: places in the order of registration, as the strategy has it."""
         if self._hostile is None:
-            infos = self._grid.get_nodes()
-            ordered = sorted(infos, key=lambda node: (node.registered_at, node.node_id))
-            places = self._attack.hostile(len(ordered), self._seed)
-            self._hostile = frozenset(ordered[place].node_id for place in places)
+            nodes = Nodes.of(self._grid)
+            places = self._attack.hostile(len(nodes), self._seed)
+            self._hostile = frozenset(nodes.order[place] for place in places)
         return self._hostile
 
     def _opened(self, reply: Message) -> Honest | None:

@@ -110,6 +110,8 @@ class TimedGrid(WrappedGrid):
     Attributes:
       clock: As given.
       closed_s: When the last thing happened, in simulated seconds since the run began.
+      wire_uplink_bytes: On the air so far, with headers and repetitions; ``wire_downlink_bytes``
+        likewise.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class TimedGrid(WrappedGrid):
         self._first = first
         self._phase = 0
         self._spent: list[Energy] = []
+        self.wire_uplink_bytes = self.wire_downlink_bytes = 0
         self.closed_s = opened_s
 
     @property
@@ -217,7 +220,11 @@ class TimedGrid(WrappedGrid):
 
     def spend(self, flight: Flight, until_s: float = math.inf) -> None:
         """Add what a device used until it was done, or was stopped."""
-        self._spent.append(flight.exchange.energy(until_s - flight.start_s))
+        until_s -= flight.start_s
+        self._spent.append(flight.exchange.energy(until_s))
+        up, down = flight.exchange.wire_bytes(until_s)
+        self.wire_uplink_bytes += up
+        self.wire_downlink_bytes += down
 
 
 class Landing(Protocol):

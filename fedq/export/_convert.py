@@ -394,7 +394,8 @@ class _Converter:
 
     def _unsupported(self, node: fx.Node, how: str = "") -> ConfigError:
         module = self._module(node)
-        kind = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
+        named = type(module) if module else node.target
+        kind = str(getattr(named, "__name__", named))
         if module is None:
             owners = list((node.meta.get("nn_module_stack") or {}).values())
             owner = owners[-1][0] if owners and owners[-1][0] else "the network's forward"

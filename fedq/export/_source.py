@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ def source(
     tensors: Mapping[str, NDArray[np.float32]],
     quantization: Quantization,
     calibrate: int | None = None,
+    width: str | None = None,
 ) -> Source:
     """Return a run's network with a quantization's quantizers.
 
@@ -82,15 +83,24 @@ def source(
       quantization: The run's own, or another one for post-training quantization.
       calibrate: Training examples to take activation ranges from; None is as many as are needed:
         none if the run has trained these ranges, else :data:`CALIBRATION`.
+      width: Of a run with clients of several widths: whose ranges and statistics, such as ``w4``;
+        None is the first.
 
     Raises:
-      ConfigError: If the tensors do not belong to the experiment's model.
+      ConfigError: If the tensors do not belong to the experiment's model, or the run has no such
+        width.
     """
     if calibrate is not None and calibrate < 1:
         raise ConfigError(f"--calibrate must be at least 1 example, not {calibrate}")
     dataset = load(experiment.data)
     float_network = create(experiment.model, dataset.input_shape, dataset.outputs)
-    network = quantization.prepare(float_network).eval()
+    width = width or experiment.quantization.variants[0]
+    if width not in experiment.quantization.variants:
+        trained = ", ".join(filter(None, experiment.quantization.variants)) or "one width"
+        raise ConfigError(f"the run has no width {width}; it was trained with {trained}")
+    tensors = _of_width(tensors, experiment.quantization.variants, width)
+    variant = quantization.variants.index(width) if width in quantization.variants else 0
+    network = quantization.prepare(float_network, variant).eval()
     wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     own = {name for name in wanted if not _of_quantizer(network, name)}
     given = set(tensors)
@@ -114,6 +124,16 @@ def source(
     if count and hasattr(network, ACTIVATIONS):
         count = _calibrate(network, dataset, count, experiment.seed)
     return Source(network, quantization, dataset, count)
+
+
+def _of_width(tensors: Mapping[str, Any], widths: Sequence[str], width: str) -> dict[str, Any]:
+    """Return the weights, and the state of one of several widths under the names of a network's."""
+    if len(widths) == 1:
+        return dict(tensors)
+    states = tuple(f"{each}." for each in widths)
+    weights = {name: t for name, t in tensors.items() if not name.startswith(states)}
+    own = f"{width}."
+    return weights | {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
 
 
 def _of_quantizer(network: nn.Module, name: str) -> bool:

@@ -89,7 +89,9 @@ def add_parser(commands: Any) -> None:
     add("down", _down, "stop the server; devices wait for it")
     status = add("status", _status, "show the devices and the newest run")
     status.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
-    logs = add("logs", _logs, "show the server's log")
+    logs = add("logs", _logs, "show the server's log, or a device's over ssh")
+    logs.add_argument("device", nargs="?")
+    logs.add_argument("--ssh", metavar="[USER@]HOST", help="where (default: the device's name)")
     logs.add_argument("-n", "--lines", type=int, default=40, help="last lines (default: 40)")
 
     run = add("run", _run, "train on the devices; options as for fedq simulate", overrides=True)
@@ -146,6 +148,9 @@ def add_parser(commands: Any) -> None:
     enroll.add_argument("--no-service", action="store_true", help="leave systemd alone")
     upgrade = add("upgrade", _upgrade, "over ssh: install newer software, start again, report")
     upgrade.add_argument("devices", nargs="+", metavar="DEVICE")
+    upgrade.add_argument(
+        "--ssh", metavar="[USER@]HOST", help="where, of one device (default: the device's name)"
+    )
     upgrade.add_argument("--wheels", type=Path, required=True, help="a wheelhouse")
 
     wheels = add(
@@ -316,11 +321,21 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _logs(options: argparse.Namespace) -> None:
-    log = _open(options).path("superlink.log")
-    try:
-        lines = log.read_text(errors="replace").splitlines()[-max(options.lines, 0) :]
-    except FileNotFoundError:
-        raise FedqError("no log yet; start the server with fedq fleet up") from None
+    fleet, count = _open(options), max(options.lines, 0)
+    if options.device is not None:
+        from fedq.fleet import remote
+
+        fleet.require(options.device)
+        lines = remote.log(remote.over_ssh(options.ssh or options.device), count)
+    elif options.ssh is not None:
+        raise ConfigError("--ssh is for a device's log: fedq fleet logs DEVICE --ssh HOST")
+    else:
+        try:
+            text = fleet.path("superlink.log").read_text(errors="replace")
+        except FileNotFoundError:
+            raise FedqError("no log yet; start the server with fedq fleet up") from None
+        lines = text.splitlines()
+    lines = lines[-count:] if count else []
     _tell(options, {"lines": lines}, *lines)
 
 
@@ -487,9 +502,11 @@ def _upgrade(options: argparse.Namespace) -> int:
     fleet, failed = _open(options), {}
     for name in options.devices:
         fleet.require(name)
+    if options.ssh is not None and len(options.devices) > 1:
+        raise ConfigError("--ssh is one device's host; name the others in ~/.ssh/config")
     for name in options.devices:
         try:
-            remote.upgrade(remote.over_ssh(name), options.wheels)
+            remote.upgrade(remote.over_ssh(options.ssh or name), options.wheels)
         except FedqError as error:
             failed[name] = str(error)
     done = [name for name in options.devices if name not in failed]

@@ -30,9 +30,8 @@ from fedq.fleet.bundle import enrol, join
 from fedq.fleet.files import Device, Fleet, write_json
 from fedq.fleet.meter import Meter
 from fedq.report import report
-from fedq.results import default_run_path, read_summary
+from fedq.results import WIRE, default_run_path, read_summary
 
-WIRE = "wire.json"
 START_S, STOP_S = 120.0, 10.0
 MOST_NODES = 200
 

@@ -220,8 +220,8 @@ class _Node:
         self.link.ConfirmMessageReceived(request)
 
     def _learn(self, profile: Profile) -> None:
-        if not profile.like(self.profile):
-            self.soon.set()  # the next round may ask this device for something else
+        if not Profile(up_bytes_s=profile.up_bytes_s).like(self.profile):
+            self.soon.set()  # the next round may name another codec
         self.profile = profile
         self.link.report.update(profile.report())
 

@@ -72,14 +72,16 @@ MAX_HELD_BYTES = 256 << 20
 #: A message that a device loses so often is not given to it again.
 MOST_DELIVERIES = 3
 MAX_REPORT_BYTES = 1024
-#: What a device may say of itself; all else is dropped.
-REPORTED = frozenset(
+#: Beyond any figure; the time in seconds is 2e9.
+MOST_FIGURE = 1e15
+#: What a device may say of itself, in numbers and in words; all else is dropped.
+FIGURES = frozenset(
     {
-        *("fedq", "flwr", "clock_s", "load", "temperature_c", "throttled"),
-        *("memory_mb", "free_mb", "ram_mb", "cores", "weight_bits", "images_s", "up_bytes_s"),
-        *("round", "artefact", "artefact_state"),
+        *("clock_s", "load", "temperature_c", "throttled", "memory_mb", "free_mb", "ram_mb"),
+        *("cores", "weight_bits", "images_s", "up_bytes_s", "round"),
     }
 )
+WORDS = frozenset({"fedq", "flwr", "artefact", "artefact_state"})
 
 
 @dataclass(frozen=True)
@@ -405,9 +407,9 @@ _MOST = {OBJECT: MAX_OBJECT_BYTES, PROBE: MAX_STRANGERS_BYTES}
 
 
 def report_of(header: bytes) -> dict[str, Any]:
-    """Return what a device says of itself: known keys with short plain values.
+    """Return what a device says of itself: known keys with short plain values of their kind.
 
-    >>> report_of(b'{"fedq": "0.1.0", "load": 0.5, "run": "me", "throttled": [1]}')
+    >>> report_of(b'{"fedq": "0.1.0", "load": 0.5, "run": "me", "throttled": [1], "cores": 1e999}')
     {'fedq': '0.1.0', 'load': 0.5}
     """
     if len(header) > MAX_REPORT_BYTES:
@@ -421,8 +423,8 @@ def report_of(header: bytes) -> dict[str, Any]:
     return {
         key: value
         for key, value in data.items()
-        if key in REPORTED
-        and (isinstance(value, int | float) or (isinstance(value, str) and value.isprintable()))
+        if (key in FIGURES and isinstance(value, int | float) and abs(value) < MOST_FIGURE)
+        or (key in WORDS and isinstance(value, str) and value.isprintable())
     }
 
 

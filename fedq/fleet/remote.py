@@ -1,4 +1,4 @@
-"""Reaching devices over ssh: install, enrol, upgrade.
+"""Reaching devices over ssh: install, enrol, upgrade, and what their services said.
 
 All that happens on a device is a shell script run by :data:`Transport`, one function; a test runs
 it here.
@@ -129,6 +129,19 @@ def upgrade(transport: Transport, wheels: Path) -> str:
     """Install newer software on a device and restart its service; return how it runs."""
     install(transport, wheels)
     return transport(f"{_HOME}\n{_SERVICE}", b"").strip().decode()
+
+
+def log(transport: Transport, lines: int) -> list[str]:
+    """Return the last lines that a device's service wrote.
+
+    Raises:
+      FedqError: If the device keeps no journal of it.
+    """
+    script = f"journalctl --quiet --no-pager --output cat --unit fedq-node --lines {lines:d}"
+    said = transport(script, b"").decode(errors="replace").splitlines()
+    if not said:
+        raise FedqError("no log there; if fedq fleet node is no service, look where it was started")
+    return said
 
 
 def accepted(transport: Transport) -> str:

@@ -142,8 +142,8 @@ def render(found: Mapping[str, Any]) -> Group:
             f"{report['memory_mb']} MB" if "memory_mb" in report else "",
             f"{report['images_s']:.0f}" if "images_s" in report else "",
             f"{megabytes(int(report['up_bytes_s']))}/s" if "up_bytes_s" in report else "",
-            str(report.get("fedq", "")),
-            _model(device),
+            Text(str(report.get("fedq", ""))[:12]),  # a device says so: no markup, and short
+            Text(_model(device)),
             "throttled" if report.get("throttled") else "",
         )
     head = f"fleet '{found['name']}', {found['server']}, {'up' if found['up'] else 'down'}"

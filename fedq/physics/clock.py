@@ -72,6 +72,14 @@ class Exchange:
         """Seconds from the request's first bit to the reply's last."""
         return self.trained_s + (self.up.seconds if self.up else 0.0)
 
+    def wire_bytes(self, until_s: float = math.inf) -> tuple[int, int]:
+        """Return bytes on the air, up and down, until it was done or stopped ``until_s`` later."""
+        down = _share(until_s, self.down.seconds) * self.down.sent_bytes
+        if self.up is None:
+            return 0, round(down)
+        up = _share(until_s - self.trained_s, self.up.seconds) * self.up.sent_bytes
+        return round(up), round(down)
+
     def energy(self, until_s: float = math.inf) -> Energy:
         """Return what it took until it was done, or was stopped ``until_s`` after it began."""
         parts = [(self.down, 0.0)]

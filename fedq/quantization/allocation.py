@@ -91,6 +91,8 @@ def best(points: Sequence[Point], budget: float) -> Point:
 #: Picojoules: an 8-bit product per bit of the weight, a 32-bit sum, a bit read from 8 kB of SRAM
 #: (Horowitz 2014, ISSCC, figure 1.1.9: 0.2 pJ, 0.1 pJ, and 10 pJ per 64 bits at 45 nm).
 _PRODUCT_PJ, _SUM_PJ, _READ_PJ = 0.2 / 8, 0.1, 10 / 64
+#: More than any loss: what is beyond the budget is worse than all that is within.
+_BEYOND = 1e9
 #: What a budget may be of, and its unit.
 UNITS = {"size": "bytes", "energy": "nJ per inference", "latency": "bit-serial cycles"}
 
@@ -99,9 +101,9 @@ def cost(kind: str, weights: int, macs: int, bits: float) -> float:
     """Return what a layer costs at a width; all kinds are linear in it.
 
     ``size``: bytes of packed weights. ``energy``: nanojoules of an inference by the energies of
-    single operations, with 8-bit activations. ``latency``: cycles of one bit-serial unit, one per
-    bit of a weight (Judd et al. 2016, MICRO, "Stripes"). Kernels for int8 take the same time at all
-    widths; who has measured a device brings a table of its own.
+    single operations, with 8-bit activations. ``latency``: cycles of one bit-serial unit, a
+    weight's bit each (Judd et al. 2016, MICRO, "Stripes"). Kernels for int8 take the same time at
+    all widths; who has measured a device brings a table of its own.
 
     >>> cost("size", 100, 1000, 4), cost("latency", 100, 1000, 4), cost("energy", 100, 1000, 4)
     (50.0, 4000.0, 0.2625)
@@ -125,19 +127,20 @@ def evolve(
 ) -> list[Point]:
     """Search widths by an evolutionary algorithm, with the loss of all layers together.
 
-    NSGA-II (Deb et al. 2002, IEEE Trans. Evol. Comput. 6) over a width per layer: less loss and
-    less cost, and allocations beyond the budget lose against those within. It assumes nothing of how
-    layers' losses add up, and evaluates the network in each trial: the reference of :func:`front`.
+    NSGA-II (Deb et al. 2002, IEEE Trans. Evol. Comput. 6) over a width per layer; allocations
+    beyond the budget lose against all within, by how far they are beyond. It assumes nothing of
+    how layers' losses add up, and evaluates the network in each trial: the reference of
+    :func:`front`.
 
     Args:
       costs: Of each layer, by width.
       loss: Of an allocation.
       budget: In units of cost.
-      trials: Evaluations of ``loss``, at most; none is repeated.
+      trials: Allocations that are drawn; those within the budget are evaluated, none twice.
       seed: Of the search.
 
     Returns:
-      What was tried, in order.
+      What was evaluated, in order.
 
     Raises:
       ConfigError: If Optuna is missing, there are no trials, or no allocation is within the budget.
@@ -152,23 +155,19 @@ def evolve(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     tried: dict[tuple[int, ...], Point] = {}
 
-    def objective(trial: optuna.Trial) -> tuple[float, float]:
+    def objective(trial: optuna.Trial) -> float:
         bits = tuple(
             int(trial.suggest_categorical(f"layer{i}", sorted(of))) for i, of in enumerate(costs)
         )
+        total = float(sum(of[width] for of, width in zip(costs, bits, strict=True)))
+        if total > budget:
+            return _BEYOND * total / budget
         if bits not in tried:
-            total = float(sum(of[width] for of, width in zip(costs, bits, strict=True)))
             tried[bits] = Point(bits, total, loss(bits))
-        point = tried[bits]
-        trial.set_user_attr("excess", point.cost - budget)
-        return point.loss, point.cost
+        return tried[bits].loss
 
-    sampler = optuna.samplers.NSGAIISampler(
-        seed=seed,
-        population_size=min(20, trials),
-        constraints_func=lambda trial: [trial.user_attrs["excess"]],
-    )
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=min(20, trials))
+    study = optuna.create_study(sampler=sampler)
     cheapest = tuple(min(of, key=of.__getitem__) for of in costs)  # so that one is within
     study.enqueue_trial({f"layer{i}": width for i, width in enumerate(cheapest)})
     study.optimize(objective, n_trials=trials)

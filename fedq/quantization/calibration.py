@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,7 +29,7 @@ _BATCH = 32
 _WARM_UP = 0.2
 
 
-def calibrate(model: nn.Module, x: Tensor, batch_size: int = 32) -> None:
+def calibrate(model: nn.Module, x: Tensor | NDArray[np.float32], batch_size: int = 32) -> None:
     """Set the activation ranges of a prepared network by some inputs; weights stay.
 
     Args:
@@ -36,17 +38,21 @@ def calibrate(model: nn.Module, x: Tensor, batch_size: int = 32) -> None:
       batch_size: Examples that a range moves by at a time.
 
     Raises:
-      ConfigError: If there are no inputs.
+      ConfigError: If there are no inputs, or one is not finite.
     """
-    if len(x) == 0:
-        raise ConfigError("calibration needs at least one example")
+    x = _inputs(x)
     with _only_observing(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
             model(x[i : i + batch_size])
 
 
 def adaround(
-    model: nn.Module, x: Tensor, *, steps: int = 300, learning_rate: float = 0.01, seed: int = 0
+    model: nn.Module,
+    x: Tensor | NDArray[np.float32],
+    *,
+    steps: int = 300,
+    learning_rate: float = 0.01,
+    seed: int = 0,
 ) -> None:
     """Round each weight of ``linear`` quantizers up or down, as serves the layers' outputs best.
 
@@ -63,11 +69,10 @@ def adaround(
       seed: Of the batches.
 
     Raises:
-      ConfigError: If there are no inputs, or no layer has a symmetric ``linear`` quantizer whose
-        range is the largest weight.
+      ConfigError: If there are no inputs, one is not finite, or no layer has a symmetric ``linear``
+        quantizer whose range is the largest weight.
     """
-    if len(x) == 0:
-        raise ConfigError("calibration needs at least one example")
+    x = _inputs(x)
     layers: list[Any] = [m for m in model.modules() if _can_round(m)]
     if not layers:
         raise ConfigError(
@@ -82,6 +87,16 @@ def adaround(
             inputs, _ = _seen(model, layer, x)
         with torch.enable_grad():
             _round(layer, inputs, target, steps, learning_rate, random)
+
+
+def _inputs(x: Tensor | NDArray[np.float32]) -> Tensor:
+    """Return examples to calibrate with as a tensor."""
+    inputs = torch.as_tensor(x)
+    if len(inputs) == 0:
+        raise ConfigError("calibration needs at least one example")
+    if not torch.isfinite(inputs).all():
+        raise ConfigError("the examples to calibrate with hold NaN or infinity; leave those out")
+    return inputs
 
 
 def _can_round(module: nn.Module) -> bool:

@@ -43,7 +43,7 @@ class Grid:
     """A quantized weight as a device holds it: ``(integers - zero_point) * scale``.
 
     Attributes:
-      integers: int8, of the weight's shape.
+      integers: int8, of the weight's shape; int64 in FP8, which no int8 kernel runs.
       scale: float32, positive, of shape (channels, 1, ...) or ().
       zero_point: int8, of the scale's shape; None for symmetric grids, where it is 0.
     """
@@ -67,9 +67,9 @@ class Grid:
 class WeightQuantizer(FakeQuantizer):
     """A map of a layer's weight, output channels first, to what the device multiplies with.
 
-    Every weight quantizer ends on int8: levels that are not equidistant are small integers times a
-    scale, too, so that any int8 kernel runs them, and at most ``2**bits`` of them are used, so that
-    they are stored and sent in ``bits`` bits.
+    Every weight quantizer but FP8's ends on int8: levels that are not equidistant are small
+    integers times a scale, too, so that any int8 kernel runs them, and at most ``2**bits`` of them
+    are used, so that they are stored and sent in ``bits`` bits.
 
     Args:
       bits: Width in storage.

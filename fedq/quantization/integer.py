@@ -91,7 +91,8 @@ def integer_weight(layer: nn.Module, path: str) -> IntegerWeight:
         raise ConfigError(f"the weight of {path} holds NaN or infinity; train again")
     if not quantizer.enabled:
         raise ConfigError(
-            f"the weight of {path} is in float and has no integer form; export with --quantization"
+            f"the weight of {path} is in float and has no integer form; export with --quantization,"
+            " or another --width"
         )
     grid = quantizer.grid(weight)
     multiples = grid.multiples().flatten(1).numpy()
@@ -131,7 +132,8 @@ def activation_grid(quantizer: nn.Module, path: str) -> IntegerGrid:
         if lo == hi == 0:
             raise ConfigError(
                 f"the activation range of {path} is unset: it never saw data, or nothing but"
-                " zeros; train for a round, or calibrate with --calibrate N"
+                " zeros, or the run is private and its ranges stay on the clients; train for a"
+                " round, or calibrate with --calibrate N"
             )
         levels = largest - smallest
         scale = max(float(np.float32(abs(hi) / levels)), SMALLEST_SCALE)

@@ -38,7 +38,15 @@ def page(study: Study, extra: Sequence[str] = ()) -> str:
         ],
         "notes": [*notes(study), *extra],
         "tasks": [
-            {"name": task, "methods": _methods(study, task, methods)}
+            {
+                "name": task,
+                "metric": {
+                    "title": study.metric(task).title,
+                    "percent": study.metric(task).percent,
+                    "higher": study.metric(task).higher_is_better,
+                },
+                "methods": _methods(study, task, methods),
+            }
             for task, methods in study.tasks.items()
         ],
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.metrics import ACCURACY, Metric
-from fedq.report.runs import Run, equal_accuracy, labels, reference_for
+from fedq.report.runs import Run, equal_accuracy, labels, references
 from fedq.report.tables import size
 
 if TYPE_CHECKING:
@@ -90,12 +90,18 @@ def save(figure: Figure, path: Path) -> Path:
       FedqError: If it cannot be written.
     """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     about: dict[str, None] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with matplotlib.rc_context({"svg.hashsalt": "fedq", "svg.fonttype": "none"}):
-            figure.savefig(temporary, metadata=about)
+            # Not savefig, which goes through all artists twice.
+            if path.suffix == ".svg":
+                FigureCanvasSVG(figure).print_svg(temporary, metadata=about)  # type: ignore[no-untyped-call]
+            else:
+                FigureCanvasAgg(figure).print_png(temporary, metadata=about)  # type: ignore[no-untyped-call]
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -199,8 +205,7 @@ def _compare(
 ) -> None:
     """Draw the largest saving of bytes at equal accuracy, if there is room for its text."""
     best = None
-    for run in runs:
-        reference = reference_for(run, runs)
+    for run, reference in zip(runs, references(runs), strict=True):
         if reference is not None and reference is not run:
             equal = equal_accuracy(run, reference)
             if equal is not None and equal.ratio > 1 and (not best or equal.ratio > best.ratio):

@@ -22,6 +22,7 @@ COSTS: dict[str, tuple[str, ...]] = {
     "total_bytes": ("uplink_bytes", "downlink_bytes"),
     "uplink_bytes": ("uplink_bytes",),
     "downlink_bytes": ("downlink_bytes",),
+    "wire_bytes": ("wire_uplink_bytes", "wire_downlink_bytes"),
     "simulated_seconds": ("simulated_seconds",),
     "joules": ("joules",),
 }
@@ -37,6 +38,7 @@ class Run:
       rounds: ``rounds.jsonl``, in order; round 0 is the evaluation before training.
       summary: ``summary.json``, empty if the run has not ended.
       manifest: ``manifest.json``, empty if there is none.
+      metered_bytes: What ``wire.json`` says that links carried, None if nobody counted.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    metered_bytes: int | None = None
 
     @cached_property
     def compared_with(self) -> frozenset[Path]:
@@ -103,16 +106,6 @@ class Run:
         return None if found is None else int(found)
 
     @property
-    def accuracy(self) -> float | None:
-        """Test accuracy of the deployed model at the end, in [0, 1]."""
-        return self._final("accuracy")
-
-    @property
-    def float_accuracy(self) -> float | None:
-        """Test accuracy of its float twin, in [0, 1]."""
-        return self._final("float_accuracy")
-
-    @property
     def score(self) -> float | None:
         """The metric of the deployed model at the end, on the test set; accuracy in [0, 1]."""
         return self._final(self.metric.name)
@@ -146,6 +139,15 @@ class Run:
     def total_bytes(self) -> int:
         """Bytes in both directions, all rounds."""
         return self.uplink_bytes + self.downlink_bytes
+
+    @property
+    def wire_bytes(self) -> float | None:
+        """Bytes on the wire, with headers and repetitions, if they were counted or simulated."""
+        if self.metered_bytes is not None:
+            return self.metered_bytes
+        parts = [self.spent(key) for key in COSTS["wire_bytes"]]
+        known = [part for part in parts if part is not None]
+        return sum(known) if known else None
 
     @property
     def float32_bytes(self) -> int:
@@ -187,9 +189,9 @@ class Run:
 
     @cached_property
     def costs(self) -> dict[str, list[float]]:
-        """Round, accuracy and what was spent so far, at each evaluated round of training.
+        """Round, score and what was spent so far, at each evaluated round of training.
 
-        Keys are ``round``, ``accuracy`` and those of :data:`COSTS` that the rounds tell of.
+        Keys are ``round``, ``score`` and those of :data:`COSTS` that the rounds tell of.
         """
         told = {
             name: keys
@@ -197,14 +199,14 @@ class Run:
             if any(number(record.get(key)) for record in self.rounds for key in keys)
         }
         sums = dict.fromkeys(told, 0.0)
-        found: dict[str, list[float]] = {name: [] for name in ("round", "accuracy", *told)}
+        found: dict[str, list[float]] = {name: [] for name in ("round", "score", *told)}
         for record in self.rounds:
             for name, keys in told.items():
                 sums[name] += sum(number(record.get(key)) or 0.0 for key in keys)
-            accuracy = number(record.get("accuracy"))
-            if accuracy is not None and record["round"] > 0:
+            score = number(record.get(self.metric.name))
+            if score is not None and record["round"] > 0:
                 found["round"].append(record["round"])
-                found["accuracy"].append(accuracy)
+                found["score"].append(score)
                 for name, value in sums.items():
                     found[name].append(value)
         return found
@@ -283,7 +285,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         origin = manifest.read(path)
     except FedqError:  # results count without it
         origin = None
-    return Run(path, config, tuple(rounds), summary or {}, origin or {})
+    wire = results.read_wire(path)
+    return Run(path, config, tuple(rounds), summary or {}, origin or {}, wire)
 
 
 @dataclass(frozen=True)
@@ -352,16 +355,22 @@ def _with_baseline(path: Path) -> list[Path]:
     return [path, baseline] if known else [path]
 
 
-def reference_for(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the float run that ``run`` is compared with.
+def references(runs: Sequence[Run]) -> list[Run | None]:
+    """Return the float run that each run is compared with.
 
     That is its own baseline, else the first of the same task and seed, or of the same task, or any.
     """
-    floats = [other for other in runs if other.is_float or other.path.name == BASELINE]
-    own = [other for other in floats if other.place in run.compared_with]
-    task = [other for other in floats if other.task == run.task]
-    seed = [other for other in task if other.seed == run.seed]
-    return next(iter(own + seed + task + floats), None)
+    floats = [run for run in runs if run.is_float or run.path.name == BASELINE]
+    first: dict[Any, Run] = {}
+    for run in floats:
+        for key in (run.place, (run.task, run.seed), run.task):
+            first.setdefault(key, run)
+    found = []
+    for run in runs:
+        own = [first[place] for place in run.compared_with if place in first]
+        known = (first.get(key) for key in ((run.task, run.seed), run.task))
+        found.append(next((r for r in (*own, *known, *floats[:1]) if r is not None), None))
+    return found
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

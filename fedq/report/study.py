@@ -16,7 +16,8 @@ from typing import Any
 
 from fedq import manifest, registry
 from fedq.errors import ConfigError
-from fedq.report.runs import COSTS, EQUAL_PART, Run, reference_for
+from fedq.metrics import ACCURACY, Metric
+from fedq.report.runs import COSTS, EQUAL_PART, Run, number, references
 
 CONFIDENCE = 0.95
 
@@ -95,6 +96,11 @@ class Method:
     runs: tuple[Run, ...]
     is_reference: bool = False
 
+    @cached_property
+    def metric(self) -> Metric:
+        """What it is judged by."""
+        return next((run.metric for run in self.runs if run.score is not None), ACCURACY)
+
     @property
     def finished(self) -> tuple[Run, ...]:
         """The runs that count: those that came to their end, or all if none did."""
@@ -115,9 +121,9 @@ class Method:
 
     @cached_property
     def curve(self) -> dict[str, list[float]]:
-        """Mean accuracy, its half width, and mean costs so far, per evaluated round of all seeds.
+        """Mean score, its half width, and mean costs so far, per evaluated round of all seeds.
 
-        Keys are ``round``, ``accuracy``, ``half`` and those costs that all runs have.
+        Keys are ``round``, ``score``, ``half`` and those costs that all runs have.
         """
         curves = [run.costs for run in self.finished]
         common = sorted(set.intersection(*(set(curve["round"]) for curve in curves)))
@@ -132,24 +138,27 @@ class Method:
                 mean = interval(values)
                 assert mean is not None
                 found[key].append(mean.mean)
-                if key == "accuracy":
+                if key == "score":
                     found["half"].append(mean.half or 0.0)
         return found
 
 
 def figures(run: Run) -> dict[str, float | None]:
-    """Return a run's final figures: accuracies in [0, 1], bytes, seconds, joules."""
+    """Return a run's final figures: scores (accuracies in [0, 1]), bytes, seconds, joules."""
     return {
-        "accuracy": run.accuracy,
-        "float_accuracy": run.float_accuracy,
+        "score": run.score,
+        "float_score": run.float_score,
         "uplink_bytes": run.uplink_bytes,
         "downlink_bytes": run.downlink_bytes,
         "total_bytes": run.total_bytes,
+        "wire_bytes": run.wire_bytes,
         "uplink_bits": run.uplink_bits,
         "downlink_bits": run.downlink_bits,
         "simulated_seconds": run.spent("simulated_seconds"),
         "joules": run.spent("joules"),
         "seconds": run.seconds,
+        "weight_bytes": number(run.summary.get("weight_bytes")),
+        "zero_weights": number(run.summary.get("zero_weights")),
     }
 
 
@@ -183,12 +192,12 @@ class Study:
             known = ", ".join(dict.fromkeys(names))
             raise ConfigError(f"no method is called '{reference}'; there are: {known}")
         order = list(dict.fromkeys(tasks))
-        methods.sort(key=lambda m: (order.index(m.task), -_accuracy(m)))
+        methods.sort(key=lambda m: (order.index(m.task), loss(m)))
         return cls(tuple(methods))
 
     @cached_property
     def tasks(self) -> dict[str, list[Method]]:
-        """The methods of each task, best accuracy first."""
+        """The methods of each task, best score first."""
         found: dict[str, list[Method]] = {}
         for method in self.methods:
             found.setdefault(method.task, []).append(method)
@@ -199,11 +208,16 @@ class Study:
         """All runs."""
         return [run for method in self.methods for run in method.runs]
 
+    def metric(self, task: str) -> Metric:
+        """Return what the methods of a task are judged by; those without a score do not count."""
+        known = (m.metric for m in self.tasks[task] if m.mean("score") is not None)
+        return next(known, ACCURACY)
+
     def reference(self, method: Method) -> Method | None:
         """Return what a method is compared with."""
         return next((m for m in self.tasks[method.task] if m.is_reference), None)
 
-    def against(self, method: Method, figure: str = "accuracy") -> Paired | None:
+    def against(self, method: Method, figure: str = "score") -> Paired | None:
         """Return a method's difference from its reference, paired by seed."""
         other = self.reference(method)
         if other is None or other is method:
@@ -211,7 +225,7 @@ class Study:
         return paired(method.by_seed(figure), other.by_seed(figure))
 
     def front(self, task: str, cost: str) -> list[Method]:
-        """Return a task's Pareto front: no other method has more accuracy for as little cost."""
+        """Return a task's Pareto front: no other method has a better score for as little cost."""
         return self._fronts[task, cost]
 
     def on_front(self, method: Method, cost: str) -> bool:
@@ -244,16 +258,16 @@ class Study:
 
     @cached_property
     def _floats(self) -> dict[Path, Run | None]:
-        return {run.path: reference_for(run, self.runs) for run in self.runs}
+        return dict(zip((run.path for run in self.runs), references(self.runs), strict=True))
 
     def to_reach(self, method: Method, cost: str = "total_bytes") -> Reached:
-        """Return what a method spent until each seed first had 99 % of its float accuracy."""
+        """Return what a method spent until each seed first was worth 99 % of its float run."""
         ours, theirs, missing = [], [], 0
         for run in method.finished:
             other = self._floats[run.path]
-            if other is None or other.accuracy is None:
+            if other is None or other.score is None or other.metric is not run.metric:
                 continue
-            level = EQUAL_PART * other.accuracy
+            level = run.metric.part(other.score, EQUAL_PART)
             mine, its = _spent(run, level, cost), _spent(other, level, cost)
             if mine is None or its is None:
                 missing += 1
@@ -264,23 +278,23 @@ class Study:
 
 
 def front(methods: Sequence[Method], cost: str) -> list[Method]:
-    """Return the methods that no other dominates: less cost and no less accuracy, or vice versa."""
+    """Return the methods that no other dominates: less cost and no worse a score, or vice versa."""
     points = []
     for method in methods:
         spent = method.mean(cost)
-        if spent is not None and method.mean("accuracy") is not None:
-            points.append((spent.mean, -_accuracy(method), method))
+        if spent is not None and method.mean("score") is not None:
+            points.append((spent.mean, loss(method), method))
     best, found = math.inf, []
-    for _, loss, method in sorted(points, key=lambda point: point[:2]):
-        if loss < best:
-            best = loss
+    for _, lost, method in sorted(points, key=lambda point: point[:2]):
+        if lost < best:
+            best = lost
             found.append(method)
     return found
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What a method spent to reach 99 % of the float accuracy, and float itself.
+    """What a method spent to be worth 99 % of the float run, and float itself.
 
     Attributes:
       spent: By the seeds that reached it.
@@ -309,8 +323,8 @@ def remarks(runs: Iterable[Run]) -> list[str]:
     for run in runs:
         if not run.finished:
             said.append(f"{run.path}: unfinished, {run.done} of {run.planned} rounds")
-        elif run.accuracy is None:
-            said.append(f"{run.path}: has no accuracy; another version of fedq wrote it")
+        elif run.score is None:
+            said.append(f"{run.path}: has no {run.metric.title}; another version of fedq wrote it")
         versions.add(str((run.summary.get("versions") or {}).get("fedq", "unknown")))
     if len(versions) > 1:
         said.append(f"runs of several versions of fedq: {', '.join(sorted(versions))}")
@@ -321,13 +335,14 @@ def _spent(run: Run, level: float, cost: str) -> float | None:
     curve = run.costs
     if cost not in curve:
         return None
-    reached = zip(curve[cost], curve["accuracy"], strict=True)
-    return next((spent for spent, accuracy in reached if accuracy >= level), None)
+    reached = zip(curve[cost], curve["score"], strict=True)
+    return next((spent for spent, score in reached if run.metric.reached(score, level)), None)
 
 
-def _accuracy(method: Method) -> float:
-    mean = method.mean("accuracy")
-    return -math.inf if mean is None else mean.mean
+def loss(method: Method) -> float:
+    """Return a method's mean score as a number whose order is from best to worst."""
+    mean = method.mean("score")
+    return math.inf if mean is None else method.metric.loss(mean.mean)
 
 
 def _referred(method: Method, methods: Sequence[Method], label: str | None) -> Method:

@@ -15,35 +15,40 @@ from rich.table import Table
 from rich.text import Text
 
 from fedq.errors import FedqError
-from fedq.metrics import ACCURACY
+from fedq.metrics import Metric
 from fedq.report.runs import COSTS, EQUAL_PART
 from fedq.report.study import Interval, Method, Paired, Study
-from fedq.report.tables import duration, ratio, size
+from fedq.report.tables import duration, joules, ratio, size
 
-#: Columns of the tables to read; those without any value are left out.
+#: Columns of the tables to read; those without any value are left out, and ``score`` is named by
+#: the task's metric.
 HEADERS = {
     "method": "method",
     "seeds": "seeds",
-    "accuracy": "accuracy",
+    "score": "accuracy",
     "difference": "against reference",
     "uplink": "uplink",
     "downlink": "downlink",
     "total": "total",
+    "wire": "on the wire",
     "reach": f"to {100 * EQUAL_PART:.0f} % of float",
     "uplink_reach": "uplink to there",
     "less": "vs float there",
     "time": "simulated",
     "energy": "energy",
+    "stored": "weights stored",
+    "zeros": "zeros",
 }
 
 
 #: Columns on a terminal: what stands above, and what stands dimmed below.
 _PAIRS = (
     ("method", "seeds"),
-    ("accuracy", "short"),
+    ("score", "short"),
     ("uplink", "downlink"),
     ("total", "reach"),
     ("less", "time"),
+    ("wire", "energy"),
 )
 
 
@@ -52,10 +57,11 @@ def table(study: Study) -> Group:
     parts: list[Any] = []
     for task, methods in study.tasks.items():
         rows = [
-            cells(study, method) | {"short": _difference(study.against(method), short=True)}
+            cells(study, method)
+            | {"short": _difference(study.against(method), method.metric, short=True)}
             for method in methods
         ]
-        headers = _used(rows) | {"short": "difference", "less": "vs float"}
+        headers = used(study, task, rows) | {"short": "difference", "less": "vs float"}
         shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=1)
         pairs = [pair for pair in _PAIRS if pair[0] in headers]
         for above, below in pairs:
@@ -86,10 +92,18 @@ def notes(study: Study) -> list[str]:
     references = dict.fromkeys(m.label for m in study.methods if m.is_reference)
     if references:
         lines.append(f"Reference: {', '.join(references)}.")
+    metrics = {task: study.metric(task) for task in study.tasks}
+    names = " or ".join(dict.fromkeys(metric.title for metric in metrics.values()))
     lines.append(
-        "* is on the Pareto front of accuracy against bytes of both directions. Sizes are payload "
-        "bytes of all messages and rounds."
+        f"* is on the Pareto front of {names} against bytes of both directions. Sizes are payload "
+        "bytes of all messages and rounds; those on the wire are with headers and repetitions."
     )
+    lines += [
+        f"Lower {metric.title} is better, and {100 * EQUAL_PART:.0f} % of float is float's "
+        f"{metric.title} over {EQUAL_PART:g}."
+        for metric in dict.fromkeys(metrics.values())
+        if not metric.higher_is_better
+    ]
     return lines
 
 
@@ -98,7 +112,7 @@ def to_markdown(study: Study) -> str:
     parts = []
     for task, methods in study.tasks.items():
         rows = [cells(study, method) for method in methods]
-        headers = _used(rows)
+        headers = used(study, task, rows)
         body = [[row[key].replace("|", "\\|") for key in headers] for row in rows]
         align = ["---" if key == "method" else "---:" for key in headers]
         lines = "\n".join(f"| {' | '.join(row)} |" for row in [[*headers.values()], align, *body])
@@ -111,7 +125,7 @@ def to_latex(study: Study) -> str:
     parts = []
     for task, methods in study.tasks.items():
         rows = [cells(study, method) for method in methods]
-        headers = _used(rows)
+        headers = used(study, task, rows)
         head = " & ".join(_escape(header) for header in headers.values())
         body = [" & ".join(_escape(row[key]) for key in headers) + r" \\" for row in rows]
         parts.append(
@@ -132,7 +146,7 @@ def to_latex(study: Study) -> str:
 
 
 def to_csv(study: Study) -> str:
-    """Return one line per method: plain numbers, accuracy in [0, 1], bytes, seconds, joules."""
+    """Return one line per method: plain numbers, scores (accuracy in [0, 1]), bytes, s, J."""
     records = [record(study, method) for method in study.methods]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
@@ -161,6 +175,7 @@ def record(study: Study, method: Method) -> dict[str, Any]:
         "task": method.task,
         "method": method.label,
         "seeds": len(method.finished),
+        "metric": method.metric.name,
         "is_reference": method.is_reference,
     }
     for figure in _FIGURES:
@@ -168,8 +183,8 @@ def record(study: Study, method: Method) -> dict[str, Any]:
         row[figure] = mean and mean.mean
         row[f"{figure}_half"] = mean and mean.half
     found = study.against(method)
-    row["accuracy_difference"] = found and found.difference.mean
-    row["accuracy_difference_half"] = found and found.difference.half
+    row["score_difference"] = found and found.difference.mean
+    row["score_difference_half"] = found and found.difference.half
     row["p"] = found and found.p
     row["pairs"] = found and found.difference.n
     for cost in COSTS:
@@ -181,23 +196,31 @@ def record(study: Study, method: Method) -> dict[str, Any]:
     return row
 
 
-_FIGURES = ("accuracy", "float_accuracy", *COSTS, "uplink_bits", "downlink_bits", "seconds")
+_FIGURES = (
+    *("score", "float_score", *COSTS, "uplink_bits", "downlink_bits", "seconds"),
+    *("weight_bytes", "zero_weights"),
+)
+#: Below this share, zeros are those that rounding leaves.
+_FEW_ZEROS = 0.1
 
 
 #: Which figure of :func:`record` a column is sorted by.
 SORTED_BY = {
     "method": "method",
     "seeds": "seeds",
-    "accuracy": "accuracy",
-    "difference": "accuracy_difference",
+    "score": "score",
+    "difference": "score_difference",
     "uplink": "uplink_bytes",
     "downlink": "downlink_bytes",
     "total": "total_bytes",
+    "wire": "wire_bytes",
     "reach": "total_bytes_to_float",
     "uplink_reach": "uplink_bytes_to_float",
     "less": "total_bytes_to_float_ratio",
     "time": "simulated_seconds",
     "energy": "joules",
+    "stored": "weight_bytes",
+    "zeros": "zero_weights",
 }
 
 
@@ -206,14 +229,18 @@ def cells(study: Study, method: Method) -> dict[str, str]:
     reached = study.to_reach(method)
     on_front = study.on_front(method, "total_bytes")
     begun = not any(run.finished for run in method.runs)
+    zeros = method.mean("zero_weights")
     return {
         "method": f"{method.label}{' *' if on_front else ''}{' (unfinished)' if begun else ''}",
         "seeds": str(len(method.finished)),
-        "accuracy": _percent(method.mean("accuracy")),
-        "difference": "reference" if method.is_reference else _difference(study.against(method)),
+        "score": _score(method.mean("score"), method.metric),
+        "difference": "reference"
+        if method.is_reference
+        else _difference(study.against(method), method.metric),
         "uplink": _size(method.mean("uplink_bytes")),
         "downlink": _size(method.mean("downlink_bytes")),
         "total": _size(method.mean("total_bytes")),
+        "wire": _size(method.mean("wire_bytes")),
         "reach": _size(reached.spent)
         if reached.reached == reached.of
         else f"{reached.reached} of {reached.of} seeds",
@@ -223,39 +250,48 @@ def cells(study: Study, method: Method) -> dict[str, str]:
         "less": "" if method.is_reference or reached.ratio is None else ratio(reached.ratio),
         "time": _mean(method.mean("simulated_seconds"), duration),
         "energy": _mean(method.mean("joules"), joules),
+        "stored": _size(method.mean("weight_bytes")),
+        "zeros": "" if zeros is None or zeros.mean < _FEW_ZEROS else f"{100 * zeros.mean:.0f} %",
     }
 
 
-def _used(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    return {key: text for key, text in HEADERS.items() if any(row[key] for row in rows)}
+def used(study: Study, task: str, rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the headers of a task's columns that have a value."""
+    headers = {**HEADERS, "score": study.metric(task).title}
+    return {key: text for key, text in headers.items() if any(row[key] for row in rows)}
 
 
-def _percent(value: Interval | None) -> str:
-    if value is None:
-        return "-"
-    if value.half is None:
-        return ACCURACY.text(value.mean)
-    return f"{100 * value.mean:.1f} ± {100 * value.half:.1f} %"
+def _score(value: Interval | None, metric: Metric) -> str:
+    if value is None or value.half is None:
+        return metric.text(None if value is None else value.mean)
+    if metric.percent:
+        return f"{100 * value.mean:.1f} ± {100 * value.half:.1f} %"
+    return f"{value.mean:.4g} ± {value.half:.2g}"
 
 
-def _difference(value: Paired | None, *, short: bool = False) -> str:
-    """Return percentage points, p and the pairs.
+def _difference(value: Paired | None, metric: Metric, *, short: bool = False) -> str:
+    """Return the difference (of shares in percentage points), p and the pairs.
 
-    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034))
+    >>> from fedq.metrics import ACCURACY, MAE
+    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034), ACCURACY)
     '-1.2 ± 1.0 (p 0.03, n 3)'
-    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034), short=True)
-    '-1.2 (p 0.03)'
+    >>> _difference(Paired(Interval(-0.0123, 0.01, 3), 0.034), MAE, short=True)
+    '-0.0123 (p 0.03)'
     """
     if value is None:
         return ""
-    difference, half = 100 * value.difference.mean, value.difference.half
-    difference = 0.0 if abs(difference) < 0.05 else difference  # no minus before a zero
+    difference, half = metric.scale * value.difference.mean, value.difference.half
+    if metric.percent:
+        text = f"{0.0 if abs(difference) < 0.05 else difference:+.1f}"  # no minus before a zero
+    else:
+        text = f"{difference:+.3g}"
     if half is None or value.p is None:
-        return f"{difference:+.1f}"
+        return text
     p = f"p {value.p:.1g}" if value.p >= 1e-4 else "p < 1e-4"
     if short:
-        return f"{difference:+.1f} ({p})"
-    return f"{difference:+.1f} ± {100 * half:.1f} ({p}, n {value.difference.n})"
+        return f"{text} ({p})"
+    spread = f"{metric.scale * half:.1f}" if metric.percent else f"{half:.2g}"
+    return f"{text} ± {spread} ({p}, n {value.difference.n})"
 
 
 def _size(value: Interval | None) -> str:
@@ -264,18 +300,6 @@ def _size(value: Interval | None) -> str:
 
 def _mean(value: Interval | None, text: Any) -> str:
     return "" if value is None else str(text(value.mean))
-
-
-def joules(value: float) -> str:
-    """Return an energy in its natural unit.
-
-    >>> [joules(v) for v in (0.0213, 53.2, 12_300, 4.2e6)]
-    ['0.0213 J', '53.2 J', '12.3 kJ', '4.2 MJ']
-    """
-    for unit, scale in (("MJ", 1e6), ("kJ", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} J"
 
 
 def _escape(text: str) -> str:

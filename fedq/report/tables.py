@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedq.report.runs import Run, equal_accuracy, labels, reference_for
+from fedq.report.runs import Run, equal_accuracy, labels, references
 
 _HEADERS = {
     "run": "run",
@@ -86,24 +86,26 @@ def to_csv(runs: Sequence[Run]) -> str:
 def records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return all that the tables know of each run, for CSV and Parquet."""
     return [
-        _record(run, label, reference_for(run, runs))
-        for run, label in zip(runs, labels(runs), strict=True)
+        _record(run, label, reference)
+        for run, label, reference in zip(runs, labels(runs), references(runs), strict=True)
     ]
 
 
 def note(runs: Sequence[Run]) -> str:
-    """Return what the table's ratio is against, the bytes at equal accuracy, and guarantees."""
-    guarantees = [
+    """Return what the ratio is against, bytes at equal accuracy, time, energy and guarantees."""
+    named = list(zip(runs, labels(runs), strict=True))
+    beside = [f"{label}: {text}." for run, label in named if (text := physics(run))]
+    beside += [
         f"{label}: {privacy(run.summary['privacy'])}"
-        for run, label in zip(runs, labels(runs), strict=True)
+        for run, label in named
         if "privacy" in run.summary
     ]
-    if not any(reference_for(run, runs) for run in runs):
+    floats = references(runs)
+    if not any(floats):
         plain = "No float run among these: bytes are compared with the same messages as float32."
-        return "\n".join([plain, *guarantees])
+        return "\n".join([plain, *beside])
     lines = []
-    for run, label in zip(runs, labels(runs), strict=True):
-        reference = reference_for(run, runs)
+    for (run, label), reference in zip(named, floats, strict=True):
         if reference is None or reference is run:
             continue
         equal = equal_accuracy(run, reference)
@@ -112,7 +114,18 @@ def note(runs: Sequence[Run]) -> str:
                 f"{label} reached {run.metric.text(equal.level)} with {size(equal.run_bytes)}, "
                 f"float with {size(equal.float_bytes)}: {ratio(equal.ratio)}."
             )
-    return "\n".join(lines + guarantees)
+    return "\n".join(lines + beside)
+
+
+def physics(run: Run) -> str:
+    """Return a run's simulated time and energy and its bytes on the wire, as far as it has them."""
+    seconds, energy, wire = run.spent("simulated_seconds"), run.spent("joules"), run.wire_bytes
+    parts = [
+        "" if seconds is None else f"{duration(seconds)} simulated",
+        "" if energy is None else f"{joules(energy)} of all devices",
+        "" if wire is None else f"{size(wire)} on the wire for {size(run.total_bytes)} of messages",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def privacy(said: Mapping[str, Any]) -> str:
@@ -166,6 +179,18 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def joules(value: float) -> str:
+    """Return an energy in its natural unit.
+
+    >>> [joules(v) for v in (0.0213, 53.2, 12_300, 4.2e6)]
+    ['0.0213 J', '53.2 J', '12.3 kJ', '4.2 MJ']
+    """
+    for unit, scale in (("MJ", 1e6), ("kJ", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} J"
+
+
 def _digits(value: float) -> str:
     return f"{value:.{max(0, 2 - len(str(int(float(f'{value:.3g}')))) + 1)}f}"
 
@@ -194,9 +219,8 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the cells of each run as text, by the keys of ``_HEADERS``."""
     rows = []
     several = len({run.metric for run in runs}) > 1
-    for run, label in zip(runs, labels(runs), strict=True):
+    for run, label, reference in zip(runs, labels(runs), references(runs), strict=True):
         unit = f" {run.metric.title}" if several else ""
-        reference = reference_for(run, runs)
         less = _times_less(run, reference)
         rows.append(
             {
@@ -228,6 +252,7 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "uplink_bytes": run.uplink_bytes,
         "downlink_bytes": run.downlink_bytes,
         "total_bytes": run.total_bytes,
+        "wire_bytes": run.wire_bytes,
         "float32_bytes": run.float32_bytes,
         "uplink_bits_per_parameter": run.uplink_bits,
         "downlink_bits_per_parameter": run.downlink_bits,
@@ -238,6 +263,8 @@ def _record(run: Run, label: str, reference: Run | None) -> dict[str, Any]:
         "planned_rounds": run.planned,
         "finished": str(run.finished).lower(),
         "seconds": run.seconds,
+        "simulated_seconds": run.spent("simulated_seconds"),
+        "joules": run.spent("joules"),
         "seed": run.summary.get("seed", run.config.get("seed")),
         "model_sha256": run.summary.get("model_sha256"),
     }

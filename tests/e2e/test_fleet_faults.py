@@ -1,7 +1,8 @@
-"""A run on real processes while one thing after the other goes wrong, with one device at a time.
+"""A run on real processes while one thing after the other goes wrong.
 
-The run has no end. In each case the rounds go on without the device, its log says what happened in
-one line, and it takes part again without hands. ``FEDQ_FAULTS=full`` has the real lengths of cuts.
+The run has no end. Faults of different devices come at the same time, in a lane for each device; in
+a lane, one after the other. In each the rounds go on, the device's log says what happened in one
+line, and it takes part again without hands. ``FEDQ_FAULTS=full`` has the real lengths of cuts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,21 @@ from fedq.fleet.bundle import enrol, join
 from fedq.fleet.files import Device, Fleet
 from fedq.fleet.link import Link
 from fedq.fleet.meter import Meter
+from fedq.results import read_rounds
 from tests.e2e import lossy
 from tests.e2e.faulty import STEPS
-from tests.e2e.test_fleet import RUN_S, fedq, register, rounds, summary, until
+from tests.e2e.test_fleet import FEDQ, RUN_S, fedq, register, rounds, summary, until
 
 # Faults come at moments of real processes: on a crowded machine one may come too late.
 pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=1)]
 
 FULL = os.environ.get("FEDQ_FAULTS") == "full"
-SHORT_CUT_S, LONG_CUT_S = (25.0, 90.0) if FULL else (2.0, 9.0)
+SHORT_CUT_S, LONG_CUT_S = (25.0, 90.0) if FULL else (1.0, 5.0)
 #: Short cuts are within the deadline, long ones beyond.
-DEADLINE_S = 40.0 if FULL else 6.0
-PATIENT, HURRIED = "round_deadline_s=300", f"round_deadline_s={DEADLINE_S:g}"
+DEADLINE_S = 40.0 if FULL else 4.0
 ENDLESS = 100_000
-#: A device that is killed, one whose link is meddled with, one behind a network of its own.
-KILLED, PROXIED, DISTANT = range(3)
+#: A device that is well, one whose link is meddled with, one behind a network of its own.
+HEALTHY, PROXIED, DISTANT = range(3)
 OPTIONS = (
     *("data=digits", "codec=top_k_feedback", "clients_per_round=3", "baseline=false"),
     *("local_epochs=1", "quorum=0.3", "guard.quarantine_rounds=2"),
@@ -61,7 +64,6 @@ class Gauntlet:
     stack: ExitStack
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     server: subprocess.Popen[bytes] | None = None
-    mode: str = ""
 
     def start(self, number: int) -> None:
         prefix = self.network.prefix if self.network and number == DISTANT else []
@@ -75,15 +77,26 @@ class Gauntlet:
         process.terminate()
         process.wait()
 
+    def heal(self) -> None:
+        """Undo what a test that failed may have left."""
+        for number, meter in enumerate(self.meters):
+            meter.mend()
+            if number not in self.running or self.running[number].poll() is not None:
+                self.start(number)
+        if self.network is not None:
+            self.network.loss = 0.0
+
     @property
     def words(self) -> str:
         """What the runs said."""
         return (self.run.parent / "run.log").read_text()
 
     def train(self, *options: str) -> subprocess.Popen[bytes]:
+        """Have a run, or more of one, in a new process; that of before is killed."""
+        self.end()
         with (self.run.parent / "run.log").open("ab") as log:
             self.server = subprocess.Popen(
-                [*fedq_command("run", "--json", "--fleet", str(self.fleet.root)), *options],
+                [*FEDQ, "fleet", "run", "--json", "--fleet", str(self.fleet.root), *options],
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
@@ -92,23 +105,16 @@ class Gauntlet:
         return self.server
 
     def end(self) -> None:
-        """Kill the run."""
-        assert self.server is not None
-        self.server.kill()
-        self.server.wait()
-        self.mode = ""
+        """Kill the run's process."""
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
 
-    def resume(self, *options: str) -> subprocess.Popen[bytes]:
-        """Kill the run and have another process go on with it."""
-        self.end()
-        return self.train("--wait", "60", f"resume={self.run}", *options)
-
-    def keep_on(self, mode: str) -> None:
-        """Have the run going on with an option: tests may come in any order."""
-        if mode != self.mode:
-            self.resume(mode, f"rounds={ENDLESS}")
-            self.mode = mode
-            self.goes_on()
+    def go_on(self, *options: str) -> subprocess.Popen[bytes]:
+        """Kill the run's process and have another one go on; the first one begins."""
+        begun = (self.run / "checkpoint").exists()
+        which = [f"resume={self.run}"] if begun else [*OPTIONS, f"run_dir={self.run}"]
+        return self.train("--wait", "60", *which, *options)
 
     def log(self, number: int) -> str:
         return (self.devices[number].root / "device.log").read_text()
@@ -118,23 +124,22 @@ class Gauntlet:
         return max(map(int, re.findall(r"round (\d+): replied", self.log(number))), default=0)
 
     def records(self, after: int) -> list[dict[str, Any]]:
-        lines = (self.run / "rounds.jsonl").read_text().splitlines()
-        return [r for r in map(json.loads, lines) if r["round"] > after]
+        return [record for record in read_rounds(self.run) if record["round"] > after]
 
-    def goes_on(self, more: int = 2) -> None:
-        """Wait for some more rounds."""
+    def goes_on(self, more: int = 1) -> None:
+        """Wait for some more rounds; one that is under way has begun before."""
         wanted = rounds(self.run) + more
-        self._until(lambda: rounds(self.run) >= wanted, f"round {wanted}")
+        self.wait(lambda: rounds(self.run) >= wanted, f"round {wanted}")
 
     def is_back(self, number: int) -> None:
         """Wait until a device replies in a round that has not begun yet."""
         wanted = rounds(self.run) + 2
-        self._until(lambda: self.replied(number) >= wanted, f"device {number} in round {wanted}")
+        self.wait(lambda: self.replied(number) >= wanted, f"device {number} in round {wanted}")
 
     def says(self, number: int, words: str) -> None:
-        self._until(lambda: words in self.log(number), words)
+        self.wait(lambda: words in self.log(number), words)
 
-    def _until(self, condition: Any, what: str) -> None:
+    def wait(self, condition: Any, what: str) -> None:
         assert self.server is not None
         server = self.server
         with suppress(AssertionError):
@@ -142,6 +147,23 @@ class Gauntlet:
         logs = [self.log(number)[-2000:] for number in range(len(self.devices))]
         assert server.poll() is None, (what, self.words, logs)
         assert condition(), (what, logs)
+
+    def endure(self, *lanes: Sequence[Fault]) -> None:
+        """Have the faults of each lane one after the other, and lanes side by side."""
+
+        def one_by_one(lane: Sequence[Fault]) -> None:
+            for fault in lane:
+                try:
+                    fault(self)
+                except BaseException as error:
+                    error.add_note(f"fault: {fault}")
+                    raise
+
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            running = [pool.submit(one_by_one, lane) for lane in lanes]
+            errors = [error for lane in running if (error := lane.exception()) is not None]
+        if errors:
+            raise BaseExceptionGroup("faults that were not survived", errors)
 
     @contextmanager
     def fault(self, number: int, name: str, words: str) -> Iterator[None]:
@@ -153,8 +175,7 @@ class Gauntlet:
             path.unlink(missing_ok=True)
 
 
-def fedq_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "fedq.cli", "fleet", *arguments]
+Fault = Callable[[Gauntlet], None]
 
 
 @pytest.fixture(scope="module")
@@ -172,181 +193,176 @@ def gauntlet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gauntlet]:
             distant = network is not None and number == DISTANT
             host = network.host if network is not None and distant else "127.0.0.1"
             meters.append(stack.enter_context(Meter(fleet.port, host=host)))
+            # The server notices that a device is gone after two heartbeats: it is back before.
             one = demo.make_device(
                 fleet, name, root, number, meters[number].port,
-                heartbeat_s=60.0 if number == KILLED else 10.0, wait_s=3.0, timeout_s=4.0,
+                heartbeat_s=60.0, wait_s=3.0, timeout_s=4.0,
             )  # fmt: skip
             one = replace(one, server=f"{host}:{meters[number].port}")
             one.save()
             devices.append(one)
         found = Gauntlet(fleet, devices, meters, network, root / "run", stack)
-        for number in range(len(devices)):
-            found.start(number)
-        found.mode = PATIENT
-        found.train("--wait", "60", *OPTIONS, PATIENT, f"rounds={ENDLESS}", f"run_dir={found.run}")
-        found.goes_on()
         yield found
 
 
 @pytest.fixture
-def patient(gauntlet: Gauntlet) -> Gauntlet:
-    """A run whose rounds wait for those who are killed."""
-    gauntlet.keep_on(PATIENT)
-    return gauntlet
-
-
-@pytest.fixture
-def hurried(gauntlet: Gauntlet) -> Gauntlet:
-    """A run whose rounds do not wait long for those who are gone."""
-    gauntlet.keep_on(HURRIED)
+def well(gauntlet: Gauntlet) -> Gauntlet:
+    """All devices are well."""
+    gauntlet.heal()
     return gauntlet
 
 
 # --- processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_device_killed_at_any_step_loses_no_update(patient: Gauntlet, step: str) -> None:
-    before, process = rounds(patient.run), patient.running[KILLED]
-    with patient.fault(KILLED, "die", step):
+def is_killed(number: int, step: str, gauntlet: Gauntlet) -> None:
+    process = gauntlet.running[number]
+    with gauntlet.fault(number, "die", step):
         assert process.wait(RUN_S) == -9
-    patient.start(KILLED)
-    patient.is_back(KILLED)
-    for record in patient.records(before):
-        assert record["replies"] == 3, (record, patient.log(KILLED))
+    gauntlet.start(number)
+    gauntlet.is_back(number)
 
 
-@pytest.mark.parametrize(
-    ("fault", "words", "said"),
-    [
-        ("oom", "", "the training process died: SIGKILL, out of memory?"),
-        ("memory", "10", "MemoryError"),
-    ],
-)
-def test_a_trainer_out_of_memory_costs_its_update(
-    patient: Gauntlet, fault: str, words: str, said: str
-) -> None:
-    before = rounds(patient.run)
-    with patient.fault(KILLED, fault, words):
-        patient.goes_on()
-        patient.says(KILLED, said)
-    patient.is_back(KILLED)
-    reasons = [reason for record in patient.records(before) for reason in record["reasons"]]
-    assert any(said in reason for reason in reasons), reasons
+def trainer_dies(number: int, fault: str, said: str, gauntlet: Gauntlet) -> None:
+    with gauntlet.fault(number, fault, "10"):
+        gauntlet.says(number, said)
+    gauntlet.is_back(number)
 
 
-def test_a_device_with_an_old_version_is_told_to_upgrade(hurried: Gauntlet) -> None:
-    hurried.stop(PROXIED)
-    with hurried.fault(PROXIED, "version", "0.0.9"):
-        hurried.start(PROXIED)
-        hurried.says(PROXIED, "this device has fedq 0.0.9, the server")
-        hurried.goes_on()
-        hurried.stop(PROXIED)
-    hurried.start(PROXIED)
-    hurried.is_back(PROXIED)
+DIES = {"oom": "the training process died: SIGKILL, out of memory?", "memory": "MemoryError"}
+
+
+def test_killed_at_any_step_no_update_is_lost_and_a_trainer_costs_its_own(well: Gauntlet) -> None:
+    """Rounds wait for those who are killed: whatever is missing in them, was lost for good."""
+    gauntlet = well
+    gauntlet.go_on("round_deadline_s=300", f"rounds={ENDLESS}")
+    gauntlet.goes_on()
+    before = rounds(gauntlet.run)
+    lanes: list[list[Fault]] = [[], [], []]
+    for place, step in enumerate(STEPS):
+        lanes[place % 3].append(partial(is_killed, place % 3, step))
+    for number, (fault, said) in zip((0, DISTANT), DIES.items(), strict=True):
+        lanes[number].append(partial(trainer_dies, number, fault, said))
+    gauntlet.endure(*lanes)
+    gauntlet.end()
+    reasons = []
+    for record in gauntlet.records(before):
+        assert record["replies"] + len(record["reasons"]) == 3, record
+        reasons += record["reasons"]
+    for said in DIES.values():
+        assert any(said in reason for reason in reasons), reasons
+    assert all(any(said in reason for said in DIES.values()) for reason in reasons), reasons
 
 
 # --- what a device has ---------------------------------------------------------------------------
 
 
-def test_a_clock_that_goes_wrong_and_is_set_again(hurried: Gauntlet) -> None:
-    with hurried.fault(PROXIED, "clock", "3600"):
-        hurried.says(PROXIED, "s ahead of the server's; set it")
-        hurried.goes_on()
-    hurried.is_back(PROXIED)
+def has_an_old_version(gauntlet: Gauntlet) -> None:
+    gauntlet.stop(PROXIED)
+    with gauntlet.fault(PROXIED, "version", "0.0.9"):
+        gauntlet.start(PROXIED)
+        gauntlet.says(PROXIED, "this device has fedq 0.0.9, the server")
+        gauntlet.goes_on()
+        gauntlet.stop(PROXIED)
 
 
-def test_a_full_disk_costs_the_update_and_nothing_else(
-    hurried: Gauntlet, request: pytest.FixtureRequest
-) -> None:
-    state = hurried.devices[PROXIED].state
-    mounted = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(state)]
-    hurried.stop(PROXIED)
-    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True, check=False).returncode:
-        hurried.start(PROXIED)
-        pytest.skip("needs root, to mount a small file system")
+def has_a_full_disk(gauntlet: Gauntlet) -> None:
+    """Without its process until now, it is back first."""
+    filler = gauntlet.devices[PROXIED].state / "filler"
+    gauntlet.start(PROXIED)
+    gauntlet.is_back(PROXIED)
+    if not filler.parent.is_mount():
+        return
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    gauntlet.says(PROXIED, os.strerror(errno.ENOSPC))
+    gauntlet.goes_on()
+    filler.unlink()
+    gauntlet.is_back(PROXIED)
+
+
+@contextmanager
+def small_disk(gauntlet: Gauntlet) -> Iterator[str]:
+    """Give a device that does not run a small disk for its state; or say why it has none."""
+    state = gauntlet.devices[PROXIED].state
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(state)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        yield "needs root, to mount a small file system"
+        return
     try:
-        hurried.start(PROXIED)
-        hurried.is_back(PROXIED)
-        filler = state / "filler"
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        hurried.says(PROXIED, os.strerror(errno.ENOSPC))
-        hurried.goes_on()
-        filler.unlink()
-        hurried.is_back(PROXIED)
-        hurried.stop(PROXIED)
+        yield ""
     finally:
         subprocess.run(["umount", "-l", str(state)], check=True)
-    hurried.start(PROXIED)
+
+
+def has_a_wrong_clock(gauntlet: Gauntlet) -> None:
+    with gauntlet.fault(PROXIED, "clock", "3600"):
+        gauntlet.says(PROXIED, "s ahead of the server's; set it")
+        gauntlet.goes_on()
+    gauntlet.is_back(PROXIED)
 
 
 # --- the network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut_s", [SHORT_CUT_S, LONG_CUT_S])
-def test_connections_are_cut(hurried: Gauntlet, cut_s: float) -> None:
-    said = hurried.log(PROXIED).count("connected again")
-    hurried.meters[PROXIED].cut()
+def connections_are_cut(cut_s: float, gauntlet: Gauntlet) -> None:
+    said = gauntlet.log(PROXIED).count("connected again")
+    gauntlet.meters[PROXIED].cut()
     time.sleep(cut_s)
-    hurried.meters[PROXIED].mend()
-    hurried.is_back(PROXIED)
-    assert hurried.log(PROXIED).count("connected again") > said
-    hurried.goes_on()
+    gauntlet.meters[PROXIED].mend()
+    gauntlet.is_back(PROXIED)
+    assert gauntlet.log(PROXIED).count("connected again") > said
 
 
-@pytest.mark.parametrize("cut_s", [SHORT_CUT_S, LONG_CUT_S])
-@pytest.mark.skipif(bool(lossy.missing()), reason=lossy.missing())
-def test_a_network_is_gone_and_comes_back(hurried: Gauntlet, cut_s: float) -> None:
-    assert hurried.network is not None
-    hurried.network.loss = 1.0
+def connections_are_half_open(gauntlet: Gauntlet) -> None:
+    said = gauntlet.log(PROXIED).count("timed out")
+    gauntlet.meters[PROXIED].swallow()
+    gauntlet.wait(lambda: gauntlet.log(PROXIED).count("timed out") > said, "half open")
+    gauntlet.meters[PROXIED].mend()
+    gauntlet.is_back(PROXIED)
+
+
+def network_is_gone(cut_s: float, gauntlet: Gauntlet) -> None:
+    assert gauntlet.network is not None
+    gauntlet.network.loss = 1.0
     time.sleep(cut_s)
-    hurried.network.loss = 0.0
-    hurried.is_back(DISTANT)
-    hurried.goes_on()
+    gauntlet.network.loss = 0.0
+    gauntlet.is_back(DISTANT)
 
 
-@pytest.mark.skipif(bool(lossy.missing()), reason=lossy.missing())
-def test_thirty_percent_of_packets_are_lost(hurried: Gauntlet) -> None:
-    assert hurried.network is not None
-    lost = hurried.network.lost
-    hurried.network.loss = 0.3
+def network_loses_packets(gauntlet: Gauntlet) -> None:
+    assert gauntlet.network is not None
+    lost = gauntlet.network.lost
+    gauntlet.network.loss = 0.3
     try:
         for _ in range(2):
-            hurried.is_back(DISTANT)
-        assert hurried.network.lost > lost
+            gauntlet.is_back(DISTANT)
+        assert gauntlet.network.lost > lost
     finally:
-        hurried.network.loss = 0.0
-
-
-def test_half_open_connections_are_given_up(hurried: Gauntlet) -> None:
-    hurried.meters[PROXIED].swallow()
-    hurried.says(PROXIED, "timed out")
-    hurried.goes_on()
-    hurried.meters[PROXIED].mend()
-    hurried.is_back(PROXIED)
+        gauntlet.network.loss = 0.0
 
 
 # --- who is hostile, and who is not let in -------------------------------------------------------
 
 
-def test_garbage_in_place_of_updates(hurried: Gauntlet) -> None:
-    before = rounds(hurried.run)
-    with hurried.fault(PROXIED, "garbage", "nonsense" * 1000):
-        for _ in range(4):  # strikes come with rounds that it is asked in and answers in time
-            hurried.goes_on(3)
-            if any(record["quarantined"] for record in hurried.records(before)):
-                break
-    hurried.is_back(PROXIED)  # after its quarantine
-    found = hurried.records(before)
+def sends_garbage_for_updates(gauntlet: Gauntlet) -> None:
+    before = rounds(gauntlet.run)
+
+    def quarantined() -> bool:
+        return any(record["quarantined"] for record in gauntlet.records(before))
+
+    with gauntlet.fault(PROXIED, "garbage", "nonsense" * 1000):
+        # Strikes come with rounds that it is asked in and answers in time.
+        gauntlet.wait(quarantined, "quarantine")
+    gauntlet.is_back(PROXIED)  # after its quarantine
+    found = gauntlet.records(before)
     assert any(record["rejected"].get("malformed") for record in found)
-    assert any(record["quarantined"] for record in found)
-    assert all(record["replies"] >= 2 for record in found)
+    assert not any(record["skipped"] for record in found)
 
 
-def test_garbage_from_a_device_that_is_let_in(hurried: Gauntlet) -> None:
-    link = Link(hurried.devices[KILLED])
+def sends_garbage_for_requests(gauntlet: Gauntlet) -> None:
+    link = Link(gauntlet.devices[HEALTHY])
     try:
         names = [name for name in dir(flower.FleetHttpClient) if name[0].isupper()]
         assert len(names) >= 10
@@ -358,7 +374,7 @@ def test_garbage_from_a_device_that_is_let_in(hurried: Gauntlet) -> None:
                 assert 400 <= caught.value.response.status_code < 500, name
     finally:
         link.close()
-    hurried.goes_on()
+    gauntlet.goes_on()
 
 
 class Raw:
@@ -371,57 +387,96 @@ class Raw:
         return self._body
 
 
-def test_strangers_stay_outside_and_a_rotated_key_counts(hurried: Gauntlet, tmp_path: Path) -> None:
-    other = demo.make_fleet(tmp_path / "other", 1)
+def strangers_stay_outside(root: Path, gauntlet: Gauntlet) -> None:
+    other = demo.make_fleet(root / "other", 1)
+    words = {"ca": "not from this device's fleet", "key": "does not accept"}
     with ExitStack() as stack:
-        for name, words in (("ca", "not from this device's fleet"), ("key", "does not accept")):
-            one = demo.make_device(other, "device-0", tmp_path / name, 0, hurried.fleet.port)
-            if name == "key":
-                one.ca.write_bytes(hurried.fleet.path("ca.crt").read_bytes())
+        strangers = {
+            name: demo.make_device(other, "device-0", root / name, 0, gauntlet.fleet.port)
+            for name in words
+        }
+        strangers["key"].ca.write_bytes(gauntlet.fleet.path("ca.crt").read_bytes())
+        for one in strangers.values():
             stack.enter_context(demo.process(one))
+        for name, one in strangers.items():
             log = one.root / "device.log"
-            until(lambda log=log, words=words: words in log.read_text(), words)
-            assert log.read_text().count("\n") == 2  # who connects where, and why not
-    fleet, code = enrol(hurried.fleet, "device-1")  # the old key does not count any more
+            until(lambda log=log, name=name: words[name] in log.read_text(), words[name])
+            assert log.read_text().count(words[name]) == 1
+            assert "on line" not in log.read_text()
+
+
+def has_a_rotated_key(gauntlet: Gauntlet) -> None:
+    """It is left without a process."""
+    fleet, code = enrol(gauntlet.fleet, "device-1")  # the old key does not count any more
     register(fleet)
-    hurried.says(PROXIED, "does not accept this device's key")
-    hurried.goes_on()
-    one = hurried.devices[PROXIED]
-    hurried.stop(PROXIED)
+    gauntlet.says(PROXIED, "does not accept this device's key")
+    one = gauntlet.devices[PROXIED]
+    gauntlet.stop(PROXIED)
     again = join(fleet.bundle(one.name), code, one.root, {})
     replace(again, server=one.server).save()
-    hurried.start(PROXIED)
-    hurried.is_back(PROXIED)
 
 
-# --- and in the end ------------------------------------------------------------------------------
+def test_faults_of_devices_and_links_and_nothing_that_was_aggregated_is_lost(
+    well: Gauntlet, tmp_path: Path
+) -> None:
+    """Rounds do not wait long for those who are gone."""
+    gauntlet = well
+    gauntlet.go_on(f"round_deadline_s={DEADLINE_S:g}", f"rounds={ENDLESS}")
+    gauntlet.goes_on()
+    proxied: list[Fault] = [
+        has_a_full_disk,
+        has_a_wrong_clock,
+        partial(connections_are_cut, SHORT_CUT_S),
+        partial(connections_are_cut, LONG_CUT_S),
+        connections_are_half_open,
+        sends_garbage_for_updates,
+        has_a_rotated_key,
+    ]
+    distant: list[Fault] = [
+        partial(network_is_gone, SHORT_CUT_S),
+        partial(network_is_gone, LONG_CUT_S),
+        network_loses_packets,
+    ]
+    healthy: list[Fault] = [sends_garbage_for_requests, partial(strangers_stay_outside, tmp_path)]
+    has_an_old_version(gauntlet)
+    with small_disk(gauntlet) as no_disk:
+        gauntlet.endure(proxied, healthy, [] if gauntlet.network is None else distant)
+    gauntlet.start(PROXIED)
+    gauntlet.is_back(PROXIED)
 
-
-def test_nothing_that_was_aggregated_is_lost(hurried: Gauntlet) -> None:
-    before = hurried.records(-1)
-    last = before[-1]["round"] + 6
-    process = hurried.resume(f"rounds={last}")
-    assert process.wait(RUN_S) == 0, hurried.words
-    assert summary(hurried.run)["rounds"] == last
-    after = hurried.records(-1)
+    before = gauntlet.records(-1)
+    last = before[-1]["round"] + 3
+    process = gauntlet.go_on(f"rounds={last}")
+    assert process.wait(RUN_S) == 0, gauntlet.words
+    assert summary(gauntlet.run)["rounds"] == last
+    after = gauntlet.records(-1)
     assert [record["round"] for record in after] == list(range(last + 1))
     assert after[: len(before)] == before
     assert not any(record["skipped"] for record in after)
+    if missing := [reason for reason in (no_disk, lossy.missing()) if reason]:
+        pytest.skip(f"all but what cannot be done here: {'; '.join(missing)}")
 
 
-def test_an_uplink_of_20_kb_s_delivers(gauntlet: Gauntlet, tmp_path: Path) -> None:
-    run, meter = tmp_path / "run", gauntlet.meters[PROXIED]
-    gauntlet.end()
+def test_an_uplink_of_20_kb_s_delivers_and_has_fewer_bits_once_it_is_known(
+    well: Gauntlet, tmp_path: Path
+) -> None:
+    gauntlet, run, meter = well, tmp_path / "run", well.meters[PROXIED]
     before, meter.up_bytes_s = meter.up_bytes, 20_000.0
+    options = ("codec=uniform", "codec.bits=16", "model=small_cnn", "model.width=24")
+    adaptive = ("budget=link_aware", "budget.min_bits=12", "budget.max_bits=16")
+    widths = ("quantization=mixed", "quantization.widths=[8,4]", "width_by=speed")
     process = gauntlet.train(
-        "--wait", "60", *OPTIONS, "codec=identity", "rounds=2", f"run_dir={run}"
+        *("--wait", "60", *OPTIONS, *options, *adaptive, *widths, "rounds=3", f"run_dir={run}")
     )
     assert process.wait(RUN_S) == 0, gauntlet.words
     meter.up_bytes_s = 0.0
     found = summary(run)
     assert found["rejected"] == {}
     sent = found["uplink_bytes"] / 3
-    assert sent < meter.up_bytes - before < 1.1 * sent + 50_000  # nothing was sent twice
+    assert 0.6 * sent < meter.up_bytes - before < 1.1 * sent + 50_000  # nothing was sent twice
     told = json.loads(fedq("fleet", "status", "--fleet", gauntlet.fleet.root, "--json").stdout)
-    report = {one["name"]: one["report"] for one in told["devices"]}["device-1"]
-    assert 10_000 < report["up_bytes_s"] < 30_000
+    speeds = {one["name"]: one["report"]["up_bytes_s"] for one in told["devices"]}
+    assert 10_000 < speeds["device-1"] < 30_000 < min(speeds["device-0"], speeds["device-2"])
+    last = read_rounds(run)[-1]
+    assert last["codecs"] == {"uniform(bits=16)": 2, "uniform(bits=12)": 1}
+    assert sum(last["widths"].values()) == 3

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedq import build, config, simulation
+from fedq import ConfigError, build, config, simulation
 from fedq.data.base import load
 from fedq.results import RunDirectory, read_model
 from fedq.training import trainer_for
@@ -107,11 +107,54 @@ def test_another_seed_is_another_model(reference: Path, tmp_path: Path) -> None:
     assert other["model_sha256"] != summary(reference)["model_sha256"]
 
 
+RAY_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+
+small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=small)
+try:
+    cluster.add_node(**small)
+    print(cluster.address, flush=True)
+    sys.stdin.read()
+finally:
+    cluster.shutdown()
+"""
+
+
 @pytest.mark.slow
-def test_ray_gives_the_same_model(reference: Path, tmp_path: Path) -> None:
+def test_a_ray_cluster_gives_the_same_model(reference: Path, tmp_path: Path) -> None:
+    """Two Ray nodes of one CPU each; tests/e2e/test_secure.py has Ray on one machine."""
     pytest.importorskip("ray")
-    again = simulate(tmp_path, "run", "engine=ray", "engine.workers=2")
+    with subprocess.Popen(
+        [sys.executable, "-c", RAY_NODES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            address = next(line for line in cluster.stdout if ":" in line).strip()
+            again = simulate(tmp_path, "run", "engine=ray", f"engine.address={address}")
+        finally:
+            cluster.stdin.close()
     assert again["model_sha256"] == summary(reference)["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"address": "127.0.0.1:1"}, "does not answer"),
+        ({"address": "head"}, "HOST:PORT"),
+        ({"address": "head:6379", "workers": 2}, "workers must be 0 with engine.address"),
+    ],
+)
+def test_a_ray_cluster_that_is_not_there_is_named(options: dict[str, object], message: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match=message):
+        build("engine", "ray", **options).run(lambda grid: None, lambda: None, 3)
 
 
 @pytest.fixture(scope="module")

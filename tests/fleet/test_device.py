@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
+import ipaddress
 import os
 import shutil
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -17,9 +21,9 @@ import yaml
 
 import fedq
 from fedq.errors import ConfigError, FedqError
-from fedq.fleet import bench, doctor, health, link, remote, units, wheelhouse
+from fedq.fleet import bench, demo, doctor, health, link, remote, units, wheelhouse
 from fedq.fleet.cli import _node_options
-from fedq.fleet.files import DEFAULT_PORT, Device, Fleet
+from fedq.fleet.files import DEFAULT_PORT, Device, Fleet, locked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -237,6 +241,63 @@ def test_the_doctor_on_files_and_certificates(tmp_path: Path) -> None:
     for name in ("ca.crt", "ca.key"):
         fleet.path(name).write_bytes(other.path(name).read_bytes())
     assert found()["server name"] == "fail"  # signed, but for another name
+
+
+class Answering:
+    """A server of the device port, on loopback."""
+
+    def __init__(self, fleet: Fleet, status: int) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None:
+                """Say nothing."""
+
+        self.server = http.server.HTTPServer(("127.0.0.1", fleet.port), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(fleet.path("server.crt"), fleet.path("server.key"))
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "address", "expected"),
+    [
+        (404, "127.0.0.1", {"device port": "ok", "control port": "ok"}),
+        (401, "127.0.0.1", {"device port": "fail", "control port": "ok"}),
+        (200, "192.0.2.7", {"device port": "fail", "control port": "fail"}),
+        (None, "::", {"device port": "warn", "control port": "fail"}),
+    ],
+)
+def test_the_doctor_on_ports(
+    answer: int | None,
+    address: str,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is on the server's ports when something else than fedq fleet up was started there."""
+    port, control_port = demo.free_ports(2)
+    fleet = Fleet.create(
+        tmp_path / "fleet", name="shelf", server="127.0.0.1", port=port, control_port=control_port
+    )
+    monkeypatch.setattr(doctor, "listening", lambda port: [ipaddress.ip_address(address)])
+    server = None if answer is None else Answering(fleet, answer)
+    try:
+        with locked(fleet.path("superlink.lock"), "taken"):
+            found = {item.name: item for item in doctor.check_fleet(fleet)}
+    finally:
+        if server is not None:
+            server.close()
+    assert {name: found[name].status for name in expected} == expected
+    assert all(item.remedy for item in found.values() if item.status != "ok")
+    assert found["devices"].status == "fail"  # nobody answers for them
 
 
 def test_the_addresses_that_listen(tmp_path: Path) -> None:

@@ -175,6 +175,29 @@ def test_who_takes_part_changes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not left.public_key("a").exists()
 
 
+def test_every_command_can_answer_as_one_json_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "fleet"
+    at = ["--fleet", str(root), "--json"]
+    for arguments in (
+        ["init", *at, "--server", "h", "a", "b"],
+        ["add", *at, "c"],
+        ["rotate", *at, "server", "b"],
+        ["remove", *at, "a"],
+        ["status", *at],
+        ["status", *at, "--watch"],
+        ["down", *at],
+        ["logs", *at],
+    ):
+        (root / "superlink.log").parent.mkdir(exist_ok=True)
+        (root / "superlink.log").write_text("up\n")
+        assert main(["fleet", *arguments]) == 0
+        assert isinstance(json.loads(capsys.readouterr().out), dict), arguments
+    assert main(["fleet", "doctor", *at]) == 0  # findings, and none that fails
+    assert json.loads(capsys.readouterr().out)
+
+
 def test_a_lock_is_held_once(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert lock_holder(path) is None

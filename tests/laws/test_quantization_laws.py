@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fedq
+from fedq.codecs import fp8
 from fedq.errors import ConfigError
+from fedq.layout import Layout
 from fedq.models import create
 from fedq.quantization import float_twin
 from fedq.quantization.activations.range import Range, RangeActivation
 from fedq.quantization.fake import ActivationQuantizer, WeightQuantizer
+from fedq.quantization.fp8 import Fp8Weight
 from fedq.quantization.weights.linear import Linear
 from fedq.registry import from_config, table, to_config
 
@@ -408,6 +411,24 @@ def test_wrong_compositions_are_refused(options: dict[str, Any], hint: str) -> N
 def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         fedq.build("quantization", "uniform", **options)
+
+
+# --- fp8 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_fp8_rounds_as_its_codec_and_is_a_grid(form: Any) -> None:
+    levels = fp8.table(form)
+    between = (levels[1:] + levels[:-1]) / 2  # ties, too
+    values = np.concatenate([levels, between, 1.01 * between]).clip(levels[0], levels[-1])
+    x = torch.tensor(values, dtype=torch.float32).reshape(1, -1)
+    layout = Layout.flat(x.numel())
+    codec = fedq.build("codec", "fp8", format=form, rounding="nearest")
+    decoded = codec.decode(codec.encode(x.flatten().numpy(), layout), layout)
+    ours = Fp8Weight(form).eval()(x).flatten().numpy()
+    assert np.array_equal(ours, decoded)
+    assert len(np.unique(ours)) <= levels.size
+    assert torch.equal(Fp8Weight(form).grid(x).values(), Fp8Weight(form)(x))
 
 
 # --- uniform: weights -------------------------------------------------------------------------

@@ -48,7 +48,8 @@ class Linear(WeightScheme):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"bits": 4, "per_channel": False, "range": "percentile", "gradient": "clipped"},
-        {"bits": 3, "range": "mse"},
+        {"bits": 4, "range": "mse"},
+        {"bits": 2, "range": "mse"},
         {"bits": 5, "symmetric": False},
         {"bits": 2, "symmetric": False, "per_channel": False, "range": "mse"},
         {"bits": 4, "rounding": "stochastic"},
