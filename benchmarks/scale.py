@@ -108,7 +108,6 @@ def main() -> None:
                     "round_s": "round, s",
                     "round_cpu_s": "CPU of it, s",
                     "server_peak_mb": "server peak, MB",
-                    "worker_peak_mb": "largest worker, MB",
                 },
                 runs,
             ),

@@ -46,7 +46,7 @@ def constants() -> dict[str, float]:
     eight = row(tree["rows"], codec="uniform(rounding=dithered, scale=model)")
     own, messages = row(idle, node="fedq"), row(work, node="fedq", work="small messages")
     return {
-        "registered, bytes": max(scale["bytes_per_client"].values()),
+        "registered, bytes": max(0.0, *scale["bytes_per_client"].values()),
         "took part, bytes": scale["participants"]["bytes_per_client"],
         "in a checkpoint, bytes": scale["participants"]["json_bytes_per_client"],
         "request and reply, us": scale["participants"]["cpu_us_per_client"],
