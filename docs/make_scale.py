@@ -43,9 +43,10 @@ def constants() -> dict[str, float]:
     cnn = row(results("codecs")["groups"], vectors="cnn")["rows"]
     coded = row(cnn, codec="uniform(bits=5, rounding=dithered, scale=model)")
     plain = row(memory["rows"], model="1.2 M", codec="identity", clients=1000)
+    large = row(memory["rows"], model="10 M", codec="identity")
     asleep = max(results("superlink")["rows"], key=lambda r: r["nodes"])
     exact = row(tree["rows"], codec="null")
-    eight = row(tree["rows"], codec="uniform(rounding=dithered, scale=model)")
+    half = row(tree["rows"], codec="fp16")
     own, messages = row(idle, node="fedq"), row(work, node="fedq", work="small messages")
     return {
         "registered, bytes": max(0.0, *scale["bytes_per_client"].values()),
@@ -56,15 +57,15 @@ def constants() -> dict[str, float]:
         "decoding, ns": 4e3 / coded["decode_mb_s"],
         "up, bits": bits["uplink_bits_per_parameter"]["mean"],
         "down, bits": bits["downlink_bits_per_parameter"]["mean"],
-        "memory, models": plain["growth_models"],
+        "memory, models": large["growth_models"],
         "beside messages, bytes": messages["fixed"],
         "idle, MB": own["mb_day"],
         "request for work, us": asleep["poll_us"],
         "heartbeat, us": asleep["heartbeat_us"],
         "exact sum, bits": exact["bits_per_parameter"],
         "exact sum, ns": exact["server_ns"],
-        "8 bits, bits": eight["bits_per_parameter"],
-        "8 bits, ns": eight["server_ns"],
+        "half, bits": half["bits_per_parameter"],
+        "half, ns": half["server_ns"],
     }
 
 
@@ -78,15 +79,18 @@ MEANINGS = {
     "decoding, ns": ("decoding the default codec, per parameter", "codecs"),
     "up, bits": ("an update by the default codec, per parameter", "main_job"),
     "down, bits": ("the model by the default downlink, per parameter", "main_job"),
-    "memory, models": ("server memory while updates stream in, in float32 models", "memory"),
+    "memory, models": (
+        "server memory while updates of 10 M parameters stream in, in float32 models",
+        "memory",
+    ),
     "beside messages, bytes": ("TLS, headers and polls of a device, per round", "fleet"),
     "idle, MB": ("an idle device's traffic, per day", "fleet"),
     "request for work, us": ("CPU of the SuperLink's database, per request for work", "superlink"),
     "heartbeat, us": ("the same, per heartbeat", "superlink"),
     "exact sum, bits": ("an edge's exact sum, per parameter", "tree"),
     "exact sum, ns": ("server CPU per parameter of an edge's exact sum", "tree"),
-    "8 bits, bits": ("an edge's mean by a dithered grid of 8 bits, per parameter", "tree"),
-    "8 bits, ns": ("server CPU per parameter of that", "tree"),
+    "half, bits": ("an edge's mean in fp16, per parameter", "tree"),
+    "half, ns": ("server CPU per parameter of that", "tree"),
 }
 
 
