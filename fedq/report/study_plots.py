@@ -43,8 +43,7 @@ def write(study: Study, folder: Path, *, curves_of_bytes: bool = True) -> list[P
     """Draw all pictures of a study as PNG and SVG; return their paths.
 
     ``pareto_*`` are of final scores, ``accuracy_vs_*`` (or the one metric of all tasks, or
-    ``score``) of the way there. Costs that no run
-    tells of have no picture.
+    ``score``) of the way there. Costs that no run tells of have no picture.
 
     Args:
       study: What to draw.
@@ -157,7 +156,7 @@ def _curves(
     finals = [scale * m.curve["score"][-1] for m in styles if m.curve["score"]]
     if finals:  # what is far worse is not what one looks for
         best, worst = metric.best(finals), metric.worst(finals)
-        room = max(abs(best - worst), 0.05 * (100.0 if metric.percent else abs(best)))
+        room = max(abs(best - worst), 0.05 * (100.0 if metric.percent else abs(best) or 1.0))
         away = room if metric.higher_is_better else -room
         floor, top = sorted((worst - 0.5 * away, best + 0.12 * away))
         floor, top = max(floor, 0.0), min(top, 100.5) if metric.percent else top
