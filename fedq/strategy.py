@@ -291,9 +291,12 @@ class FedQ(Strategy):
         self.budget, self.width = budget or Fixed(), width
         self.capacities: Callable[[], Capacities] = Capacities
         if self.budget.links or width:
-            if clock is None and capacities is None:
+            if clock is not None:
+                self.capacities = lambda: clock.capacities
+            elif capacities is not None:
+                self.capacities = capacities
+            else:
                 raise ConfigError(NO_DEVICES)
-            self.capacities = capacities or (lambda: clock.capacities)
         if not self.budget.fixed:
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
