@@ -328,11 +328,12 @@ class FedQ(Strategy):
         self.budget, self.width = budget or Fixed(), width
         self.capacities: Callable[[], Capacities] = Capacities
         if self.budget.links or width:
-            if capacities is None:
-                if clock is None:
-                    raise ConfigError(NO_DEVICES)
-                capacities = partial(getattr, clock, "capacities")
-            self.capacities = capacities
+            if clock is not None:
+                self.capacities = lambda: clock.capacities
+            elif capacities is not None:
+                self.capacities = capacities
+            else:
+                raise ConfigError(NO_DEVICES)
         self.pruning, self.structure = pruning or NoPruning(), structure or Structure()
         self.refine = refine
         if not self.budget.fixed:

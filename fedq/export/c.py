@@ -29,7 +29,7 @@ _HEADER = """\
 #include <cstdint>
 
 extern "C" const unsigned int fedq_model_length = {length};
-alignas(16) extern "C" const unsigned char fedq_model[{length}] = {{
+extern "C" alignas(16) const unsigned char fedq_model[{length}] = {{
 """
 
 
