@@ -29,14 +29,16 @@ HIDDEN = "hidden=[64,32]"
 DIGITS = ("data=digits", "model=mlp", f"model.{HIDDEN}", "clients=20", "rounds=20")
 MAGNITUDE = ("pruning=magnitude", "pruning.end=12")
 CHANNEL = (*MAGNITUDE, "pruning.unit=channel")
+LOW_RANK = ("model=low_rank", "model.inner=mlp", f"model.inner.{HIDDEN}", "model.share=0.25")
 MIXED = ("quantization=mixed", "quantization.first_last=null")
 #: By table: overrides by row; the first row is what the others are compared with.
 TABLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "Pruning": {
+    "Fewer weights": {
         "dense": (),
         "weights, 80 %": MAGNITUDE,
         "channels, 50 %": (*CHANNEL, "pruning.sparsity=0.5"),
         "quantizer `pruned`, 80 %": ("quantization=pruned8", "quantization.weights.sparsity=0.8"),
+        "low rank, share 0.25": LOW_RANK,
     },
     "Server distillation": {
         "mean": ("partition.alpha=0.1",),
@@ -45,10 +47,6 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "Read-out of a federation of 8, 4 and 2 bits": {
         "calibrated": (*MIXED, "read_out=calibrated"),
         "distilled": (*MIXED, "read_out=distilled"),
-    },
-    "Low rank": {
-        "whole": (),
-        "share 0.25": ("model=low_rank", "model.inner=mlp", f"model.inner.{HIDDEN}"),
     },
 }
 READ_OUT = "Read-out of a federation of 8, 4 and 2 bits"
@@ -191,7 +189,7 @@ def main() -> None:
             for seed in seeds:
                 if (title, name, seed) in done:
                     continue
-                export = title == "Pruning" and seed == 0 and not arguments.quick
+                export = title == "Fewer weights" and seed == 0 and not arguments.quick
                 figures = run((*overrides, *extra), seed, export)
                 cells.append({"table": title, "row": name, "seed": seed, **figures})
                 print(title, name, seed, figures["accuracy"], flush=True)

@@ -31,7 +31,7 @@ from yaml import YAMLError
 
 from fedq import registry
 from fedq.errors import ConfigError, unknown
-from fedq.experiment import CHOICES, Experiment, field_types
+from fedq.experiment import CHOICES, COMPRESSION, Experiment, field_types
 
 _PLAIN = re.compile(r"[\w./,:+@-]*", re.ASCII)  # commas: several values of a sweep
 #: Choices of ``conf/`` that set any number of options, in the order in which they apply.
@@ -286,13 +286,13 @@ def load_resumed(saved: Mapping[str, Any], overrides: Sequence[str]) -> Experime
 def baseline_of(experiment: Experiment, name: str = "float_baseline") -> Experiment | None:
     """Return the experiment with what ``conf/experiment/<name>.yaml`` changes changed in it.
 
-    None if that leaves it as it is.
+    It prunes nothing, and its server distils nothing. None if that leaves it as it is.
     """
     plain, named = compose_config([]), compose_config([f"experiment={name}"])
     changed = {key: value for key, value in named.items() if value != plain[key]}
     changed |= {"resume": None, "run_dir": None}
-    # Of the choices that the experiment leaves alone, these two name bits that it may not have.
-    changed |= {key: plain[key] for key in ("budget", "width_by")}
+    # As by default: no compression, and no choice of bits, which the experiment may not have.
+    changed |= {key: plain[key] for key in (*COMPRESSION, "budget", "width_by")}
     before = experiment.to_config()
     after = before | changed
     if all(after[key] == before[key] for key in CHOICES):

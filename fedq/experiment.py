@@ -38,6 +38,8 @@ CHOICES: dict[str, str] = {
     "topology": "topology",
     "engine": "engine",
 }
+#: Choices that a float baseline is without, beside codecs and quantization.
+COMPRESSION = ("pruning", "server_distillation", "read_out")
 DEFAULT_CLIENTS = 50
 #: What the exact sum of the mean can weigh one update with.
 MAX_WEIGHT = 1 << 20

@@ -184,6 +184,13 @@ def test_a_model_without_anything_to_prune_is_named() -> None:
         Magnitude(unit="channel", end=1).support(LAYOUT, Structure(), _vector(0), 1)
 
 
+def test_the_float_baseline_is_dense() -> None:
+    baseline = config.baseline_of(config.load([*SMALL, "server_distillation=feddf"]))
+    assert baseline is not None
+    assert not baseline.pruning.active
+    assert not baseline.server_distillation.examples
+
+
 @pytest.mark.parametrize("name", registry.available("pruning"))
 def test_every_pruning_has_examples_that_build(name: str) -> None:
     for options in registry.lookup("pruning", name).examples:  # type: ignore[attr-defined]
