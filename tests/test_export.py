@@ -25,7 +25,7 @@ from fedq.errors import ConfigError, FedqError
 from fedq.export import _gate, _packing, _reference, runner
 from fedq.export._convert import _Converter, convert
 from fedq.export._gate import ParityError
-from fedq.export._graph import Graph, Linear
+from fedq.export._graph import Conv, Graph, Linear
 from fedq.export._release import _check_grids, release
 from fedq.export._source import Source, source
 from fedq.export.base import Exporter
@@ -133,8 +133,12 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         apart = (result - values[op.output]).abs()
         assert apart.max() <= 1
         # Near ties. A bias is rounded to a product of steps; where that is a share m of an output
-        # step, m / 4 of the outputs round the other way, and m is 0.02 at most here.
-        assert (apart > 0).double().mean() < 0.005
+        # step, m / 4 of the outputs round the other way, m / 2 at worst.
+        near = 0.003
+        if isinstance(op, Conv | Linear):
+            m = float(op.weights.scales.max()) * op.input.grid.scale / op.output.grid.scale
+            near = 0.002 + m / 2
+        assert (apart > 0).double().mean() < near
     assert all(op.weights.bits <= 8 for op in graph.weighted)
     assert steps_between(graph, given.network, x) <= END_TO_END.get(model, 1)
 
