@@ -43,7 +43,7 @@ def kept(work: Path | None, name: str, measure: Callable[[], dict[str, Any]]) ->
     """
     if work is None:
         return measure()
-    file = work / f"{name.replace('/', '_').replace(' ', '_')}.json"
+    file = _kept_file(work, name)
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
         return found
@@ -51,6 +51,15 @@ def kept(work: Path | None, name: str, measure: Callable[[], dict[str, Any]]) ->
     work.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found))
     return found
+
+
+def is_kept(work: Path | None, name: str) -> bool:
+    """Whether :func:`kept` would measure nothing."""
+    return work is not None and _kept_file(work, name).exists()
+
+
+def _kept_file(work: Path, name: str) -> Path:
+    return work / f"{name.replace(' ', '_')}.json"
 
 
 # --- clocks ------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def main() -> None:
     parser = _common.parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keeps finished rows, to go on with")
+    parser.add_argument("--finished", action="store_true", help="write the rows in --work alone")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -73,6 +74,8 @@ def main() -> None:
             "seed": options.seed,
         }
         name = f"{model} {codec} {clients}"
+        if options.finished and not _common.is_kept(options.work, name):
+            continue
         rows.append(_common.kept(options.work, name, partial(separately, row)))
         print(rows[-1], file=sys.stderr)
     columns = {

@@ -108,7 +108,6 @@ def main() -> None:
                     "round_s": "round, s",
                     "round_cpu_s": "CPU of it, s",
                     "server_peak_mb": "server peak, MB",
-                    "worker_peak_mb": "largest worker, MB",
                 },
                 runs,
             ),
@@ -159,13 +158,7 @@ def whole_run(name: str, clients: int, rounds: int, workers: int, seed: int) -> 
                 found["startup_s"] = time.perf_counter() - start
                 found["startup_cpu_s"] = sum(_common.tree_cpu_seconds(process.pid).values())
             if done > rounds:  # what follows is the plot
-                server_peak_mb, *workers_mb = map(
-                    _common.peak_resident_mb, _common.process_tree(process.pid)
-                )
-                found["server_peak_mb"], found["worker_peak_mb"] = (
-                    server_peak_mb,
-                    max(workers_mb, default=0.0),
-                )
+                found["server_peak_mb"] = _common.peak_resident_mb(process.pid)
                 spent = sum(_common.tree_cpu_seconds(process.pid).values())
                 found["round_cpu_s"] = (spent - found["startup_cpu_s"]) / rounds
                 break

@@ -15,8 +15,8 @@ from _make import DOCS, REPOSITORY
 
 PAGE = DOCS / "scale.md"
 RESULTS = REPOSITORY / "benchmarks" / "results"
-#: Of a plan: parameters of the model, the share of devices that a round asks, rounds a day.
-PARAMETERS, SHARE, ROUNDS = 1_199_882, 0.01, 24
+#: Of a plan: parameters of the model, and the share of devices that a round asks.
+PARAMETERS, SHARE = 1_199_882, 0.01
 #: Seconds for which a device's request for work stays open, and between its heartbeats.
 WAIT_S, HEARTBEAT_S = 90.0, 90.0
 #: Devices that one edge serves.
@@ -39,30 +39,33 @@ def constants() -> dict[str, float]:
     """Return what was measured, per unit."""
     memory, scale, tree = (results(name) for name in ("memory", "scale", "tree"))
     idle, work = (results("fleet")[key] for key in ("idle", "work"))
-    coded = row(memory["rows"], model="1.2 M", codec="default", clients=100)
+    bits = results("main_job")["summary"]
+    cnn = row(results("codecs")["groups"], vectors="cnn")["rows"]
+    coded = row(cnn, codec="uniform(bits=5, rounding=dithered, scale=model)")
     plain = row(memory["rows"], model="1.2 M", codec="identity", clients=1000)
+    large = row(memory["rows"], model="10 M", codec="identity")
     asleep = max(results("superlink")["rows"], key=lambda r: r["nodes"])
     exact = row(tree["rows"], codec="null")
-    eight = row(tree["rows"], codec="uniform(rounding=dithered, scale=model)")
+    half = row(tree["rows"], codec="fp16")
     own, messages = row(idle, node="fedq"), row(work, node="fedq", work="small messages")
     return {
-        "registered, bytes": max(scale["bytes_per_client"].values()),
+        "registered, bytes": max(0.0, *scale["bytes_per_client"].values()),
         "took part, bytes": scale["participants"]["bytes_per_client"],
         "in a checkpoint, bytes": scale["participants"]["json_bytes_per_client"],
         "request and reply, us": scale["participants"]["cpu_us_per_client"],
         "float32 update, ns": plain["ns_per_parameter"],
-        "coded update, ns": coded["ns_per_parameter"],
-        "up, bytes": 1e6 * coded["uplink_mb"] / coded["clients"],
-        "down, bytes": 1e6 * coded["downlink_mb"] / coded["clients"],
-        "memory, models": plain["growth_models"],
+        "decoding, ns": 4e3 / coded["decode_mb_s"],
+        "up, bits": bits["uplink_bits_per_parameter"]["mean"],
+        "down, bits": bits["downlink_bits_per_parameter"]["mean"],
+        "memory, models": large["growth_models"],
         "beside messages, bytes": messages["fixed"],
         "idle, MB": own["mb_day"],
         "request for work, us": asleep["poll_us"],
         "heartbeat, us": asleep["heartbeat_us"],
         "exact sum, bits": exact["bits_per_parameter"],
         "exact sum, ns": exact["server_ns"],
-        "8 bits, bits": eight["bits_per_parameter"],
-        "8 bits, ns": eight["server_ns"],
+        "half, bits": half["bits_per_parameter"],
+        "half, ns": half["server_ns"],
     }
 
 
@@ -72,19 +75,22 @@ MEANINGS = {
     "took part, bytes": ("server memory of one that has taken part", "scale"),
     "in a checkpoint, bytes": ("the same, in each checkpoint", "scale"),
     "request and reply, us": ("server CPU of one request and its reply, of 10 parameters", "scale"),
-    "float32 update, ns": ("server CPU per parameter of a float32 update", "memory"),
-    "coded update, ns": ("server CPU per parameter of an update by the default codec", "memory"),
-    "up, bytes": ("an update of 1.2 M parameters by the default codec", "memory"),
-    "down, bytes": ("the model by the default downlink codec, whole", "memory"),
-    "memory, models": ("server memory while updates stream in, in float32 models", "memory"),
+    "float32 update, ns": ("server CPU per parameter of a float32 update, all of it", "memory"),
+    "decoding, ns": ("decoding the default codec, per parameter", "codecs"),
+    "up, bits": ("an update by the default codec, per parameter", "main_job"),
+    "down, bits": ("the model by the default downlink, per parameter", "main_job"),
+    "memory, models": (
+        "server memory while updates of 10 M parameters stream in, in float32 models",
+        "memory",
+    ),
     "beside messages, bytes": ("TLS, headers and polls of a device, per round", "fleet"),
     "idle, MB": ("an idle device's traffic, per day", "fleet"),
     "request for work, us": ("CPU of the SuperLink's database, per request for work", "superlink"),
     "heartbeat, us": ("the same, per heartbeat", "superlink"),
     "exact sum, bits": ("an edge's exact sum, per parameter", "tree"),
     "exact sum, ns": ("server CPU per parameter of an edge's exact sum", "tree"),
-    "8 bits, bits": ("an edge's mean by a dithered grid of 8 bits, per parameter", "tree"),
-    "8 bits, ns": ("server CPU per parameter of that", "tree"),
+    "half, bits": ("an edge's mean in fp16, per parameter", "tree"),
+    "half, ns": ("server CPU per parameter of that", "tree"),
 }
 
 
@@ -101,10 +107,14 @@ def measured() -> str:
 def plan() -> str:
     """Return what a round and a day come to for fleets of several sizes, as a Markdown table."""
     c = constants()
-    update_s = 1e-6 * c["request and reply, us"] + 1e-9 * c["coded update, ns"] * PARAMETERS
+    per_parameter_ns = c["float32 update, ns"] + c["decoding, ns"]
+    update_s = 1e-6 * c["request and reply, us"] + 1e-9 * per_parameter_ns * PARAMETERS
     sum_s = 1e-9 * c["exact sum, ns"] * PARAMETERS
     idle_cores = 1e-6 * (2 * c["request for work, us"] / WAIT_S + c["heartbeat, us"] / HEARTBEAT_S)
-    up, down = (c[key] + c["beside messages, bytes"] / 2 for key in ("up, bytes", "down, bytes"))
+    up, down = (
+        c[key] / 8 * PARAMETERS + c["beside messages, bytes"] / 2
+        for key in ("up, bits", "down, bits")
+    )
     columns = []
     for devices in PLANNED:
         cohort, edges = SHARE * devices, max(1, devices // PER_EDGE)
