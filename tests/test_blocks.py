@@ -192,7 +192,9 @@ def small(words: list[str]) -> list[str]:
     return [words[0], *(text for text in SMALL if text.partition("=")[0] not in keys), *words[1:]]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
 def test_commands_in_sentences_are_taken(path: Path) -> None:
     """`fedq COMMAND ARGUMENTS` in running text is parsed; a command's bare name is only named."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
