@@ -192,12 +192,14 @@ def small(words: list[str]) -> list[str]:
     return [words[0], *(text for text in SMALL if text.partition("=")[0] not in keys), *words[1:]]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
 def test_commands_in_sentences_are_taken(path: Path) -> None:
     """`fedq COMMAND ARGUMENTS` in running text is parsed; a command's bare name is only named."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for span in re.findall(r"`fedq ([^`]+)`", text):
-        words = shlex.split(span)
+        words = ["1" if word == "N" else word for word in shlex.split(span)]
         if len(words) > 1 and "--help" not in words:
             _, rest = cli._parser().parse_known_args(words)
             assert not [word for word in rest if word.startswith("-")], span
