@@ -35,7 +35,7 @@ from fedq.report.study import remarks
 from fedq.report.tables import size
 
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedq" / "reproductions"
-#: Overrides of each task: smaller models, and as many rounds as float needs to settle.
+#: Overrides of each task: smaller models, so that a cell takes seconds of a quiet core.
 TASKS = {
     "images": ("model=small_cnn", "model.width=8", "rounds=30"),
     "keywords": ("model=small_cnn", "rounds=40"),
