@@ -54,6 +54,7 @@ COLUMNS = {
     "row": "run",
     "accuracy": "accuracy, %",
     "difference": "difference, points",
+    "seeds": "seeds",
     "sparsity": "zeros",
     "uplink_kb": "up, kB",
     "downlink_kb": "down, kB",
@@ -131,7 +132,7 @@ def rows_of(cells: list[dict[str, Any]], title: str) -> list[dict[str, Any]]:
     for cell in cells:
         if cell["table"] == title:
             by_row.setdefault(cell["row"], []).append(cell)
-    reference = [100 * cell["accuracy"] for cell in next(iter(by_row.values()))]
+    reference = {cell["seed"]: 100 * cell["accuracy"] for cell in next(iter(by_row.values()))}
     rows = []
     for name, of in by_row.items():
         values = [100 * cell["accuracy"] for cell in of]
@@ -140,7 +141,8 @@ def rows_of(cells: list[dict[str, Any]], title: str) -> list[dict[str, Any]]:
             {
                 "row": name,
                 "accuracy": f"{statistics.mean(values):.2f}",
-                "difference": versus(values, reference),
+                "difference": versus(values, [reference[cell["seed"]] for cell in of]),
+                "seeds": len(of),
                 "sparsity": None if zeros is None else f"{zeros:.0f} %",
                 "uplink_kb": mean_of(of, "uplink_bytes", 1e3),
                 "downlink_kb": mean_of(of, "downlink_bytes", 1e3),
