@@ -82,7 +82,7 @@ def choose(
 
     Example:
       >>> choose(Nodes(range(2, 8)), 3, np.random.default_rng(0), barred=[3, 4])
-      [2, 5, 7]
+      [5, 6, 7]
     """
     out = np.array(sorted(nodes[node] for node in barred if node in nodes), np.int64)
     free = len(nodes) - out.size

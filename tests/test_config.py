@@ -254,6 +254,8 @@ def test_tasks_compose(task: str) -> None:
 
 def test_the_reproductions_are_all_methods_and_tasks() -> None:
     cells = config.sweep(["experiment=reproductions"])
+    assert len(set(map(tuple, cells))) == len(cells)
+    cells = [cell for cell in cells if "seed=0" in cell]  # seeds compose alike
     found = [config.load(cell) for cell in cells]
     assert {text for cell in cells for text in cell if text.startswith("method=")} == {
         f"method={name}" for name in config.choices("method")

@@ -157,7 +157,7 @@ def test_a_device_may_name_its_width() -> None:
 
     def chosen(**config: Any) -> int:
         node = {"partition-id": 4, **{k.replace("_", "-"): v for k, v in config.items()}}
-        return client._variant(variants, SimpleNamespace(node_config=node))  # type: ignore[arg-type]
+        return client._variant(variants, SimpleNamespace(node_config=node), {})  # type: ignore[arg-type]
 
     assert chosen() == 4 % 3
     assert [chosen(weight_bits=bits) for bits in (8, "2", 0)] == [0, 1, 2]

@@ -18,7 +18,7 @@ class Natural(Disjoint):
 
     Example:
       >>> ids = np.array([0, 1, 0, 2])
-      >>> Natural().split(np.zeros(4, int), clients=3, seed=0, groups=ids)
+      >>> list(Natural().split(np.zeros(4, int), clients=3, seed=0, groups=ids))
       [array([0, 2]), array([1]), array([3])]
     """
 
