@@ -27,7 +27,8 @@ from fedq.random import derive, generator
 from flwr.app import Error, Message, MessageType, RecordDict
 
 if TYPE_CHECKING:
-    from fedq.strategy import FedQ, _Round
+    from fedq.rounds import ServerRound
+    from fedq.strategy import FedQ
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class Steps:
       air: What is under way.
     """
 
-    def __init__(self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: _Round) -> None:
+    def __init__(
+        self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: ServerRound
+    ) -> None:
         self._strategy, self._pacing, self._timed, self._current = strategy, pacing, timed, current
         self.air: list[Flight | Waiting] = list(current.before.waiting)
         self._nodes = strategy.nodes(timed)

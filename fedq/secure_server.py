@@ -21,12 +21,13 @@ from fedq.layout import Vector
 from fedq.privacy._distributed import Distributed, encoder_of
 from fedq.privacy.base import Contribution
 from fedq.random import derive
+from fedq.rounds import ServerRound, ServerState
 from fedq.sealing import of_phase
 from fedq.secagg import AbortedError, Announcement, Codes, binding, run_name
 from fedq.secagg._grid import Aggregate, Integers
 from fedq.secagg._grid import Grid as IntegerGrid
 from fedq.secagg.base import Collector, OnGrid
-from fedq.strategy import MAX_ABSOLUTE, FedQ, ServerState, _Round
+from fedq.strategy import MAX_ABSOLUTE, FedQ
 
 # isort: split
 from flwr.app import Message, MessageType, RecordDict
@@ -53,7 +54,7 @@ class SecureServer:
         """Whether the server sees sums only."""
         return self.mode.masked
 
-    def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
+    def collect(self, strategy: FedQ, grid: Grid, current: ServerRound) -> ServerState:
         """Run the phases of all groups side by side, and step with the groups' means."""
         return _Collection(self, strategy, grid, current).run()
 
@@ -65,7 +66,7 @@ class _Collection:
     server: SecureServer
     strategy: FedQ
     grid: Grid
-    current: _Round
+    current: ServerRound
     #: Groups that may still give a sum, by their number.
     groups: dict[int, Collector] = field(default_factory=dict)
     #: Whose integers are in the sums.

@@ -38,9 +38,10 @@ from fedq.pruning.base import Support
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
+from fedq.rounds import RoundReport, ServerState
 from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
-from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.strategy import FedQ
 from fedq.threads import usable_cores
 from fedq.topologies import Topology
 from fedq.trackers import tracking

@@ -12,11 +12,10 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +23,18 @@ from numpy.typing import NDArray
 from fedq import records, registry, wire
 from fedq.aggregators.base import Aggregator, Stream
 from fedq.aggregators.mean import Mean
-from fedq.asynchronous import Asked, Steps, Waiting
-from fedq.budgets.base import Budget, Candidate, History, bits_of
+from fedq.asynchronous import Asked, Steps
+from fedq.budgets.base import Budget, Candidate, bits_of
 from fedq.budgets.fixed import Fixed
 from fedq.capacity import Capacities, Capacity
 from fedq.codecs.base import Codec, decode_frame
 from fedq.codecs.identity import Identity
 from fedq.cohort import Nodes, choose
 from fedq.distillation import Member
-from fedq.downlink import Broadcasts, Downlink
+from fedq.downlink import Downlink
 from fedq.engines.timed import TimedGrid
-from fedq.envelope import Opener
 from fedq.errors import ConfigError, DecodeError, FedqError
-from fedq.guard import Guard, GuardState, RejectedError, Watch
+from fedq.guard import Guard, RejectedError
 from fedq.layout import Layout, Vector
 from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
@@ -45,11 +43,12 @@ from fedq.pacing.base import Pacing
 from fedq.pacing.fedbuff import FedBuff
 from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
-from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
+from fedq.privacy.base import Contribution, Privacy, Round
 from fedq.privacy.none import NoPrivacy
 from fedq.pruning.base import Pruning, Structure, Support
 from fedq.pruning.none import NoPruning
-from fedq.random import SEED_BITS, derive, generator, round_seed
+from fedq.random import derive, generator, round_seed
+from fedq.rounds import Claims, Context, RoundReport, ServerRound, ServerState, Update
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
 from fedq.topologies.base import Topology
@@ -77,7 +76,6 @@ NO_DEVICES = (
 )
 #: A round without a quorum changes nothing; after this many in a row the run stops.
 PATIENCE = 3
-MAX_REASONS = 3
 #: Beyond any sane loss; sums of such losses stay finite.
 MAX_LOSS = 1e30
 #: Far beyond any sane update, and within what the exact sum of the mean can hold.
@@ -85,113 +83,11 @@ MAX_ABSOLUTE = 2.0**14
 _HEADS_BYTES = 4096  # more than heads, specifications and lengths of a reply
 
 
-@dataclass(frozen=True)
-class ServerState:
-    """All that the next round depends on, and all that a checkpoint holds.
-
-    Attributes:
-      round: Rounds done.
-      weights: (d,) float32, the float master of the global model.
-      state: (s,) float32, what is averaged but not trained: quantizer ranges, batch statistics;
-        those of several variants behind each other.
-      optimizer: The server optimiser's named arrays.
-      failures: Rounds in a row without a quorum.
-      broadcasts: What was sent lately, and who holds it.
-      clients: By node, the client number that it first claimed.
-      guard: What the guard remembers.
-      privacy: The clipping bound and what clients have spent, None without a mechanism.
-      now_s: Simulated seconds since the run began.
-      waiting: Replies to earlier steps that have not arrived yet.
-      history: What a bit budget follows.
-    """
-
-    round: int
-    weights: Vector
-    state: Vector
-    optimizer: Mapping[str, NDArray[np.float32]]
-    failures: int = 0
-    broadcasts: Broadcasts = field(default_factory=Broadcasts)
-    clients: Mapping[int, int] = field(default_factory=dict)
-    guard: GuardState = field(default_factory=GuardState)
-    privacy: PrivacyState | None = None
-    now_s: float = 0.0
-    waiting: tuple[Waiting, ...] = ()
-    history: History = field(default_factory=History)
-
-
-@dataclass
-class RoundReport:
-    """What one round did. All sizes are lengths of bytes that crossed the grid.
-
-    Of a fleet with a clock, ``simulated_seconds`` are from the end of the round before, and
-    ``joules`` what all its devices used, by what for; ``wire_*_bytes`` are those on the air. With
-    edge aggregators, ``uplink_bytes`` and ``downlink_bytes`` are between clients and edges, and
-    those of ``edge`` between them and the server; ``edge_nmse`` is what the second hop's encoding
-    added to the mean. ``codecs`` and ``widths`` count the clients that were asked for each, where
-    those differ by client.
-    """
-
-    round: int
-    sampled: int = 0
-    received: int = 0
-    replies: int = 0
-    uplink_bytes: int = 0
-    downlink_bytes: int = 0
-    float32_uplink_bytes: int = 0
-    float32_downlink_bytes: int = 0
-    quarantined: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    reasons: list[str] = field(default_factory=list)
-    train_loss: float | None = None
-    seconds: float = 0.0
-    skipped: bool = False
-    privacy: dict[str, Any] | None = None
-    simulated_seconds: float | None = None
-    joules: float | None = None
-    joules_by_use: dict[str, float] | None = None
-    wire_uplink_bytes: int | None = None
-    wire_downlink_bytes: int | None = None
-    edge_uplink_bytes: int | None = None
-    edge_downlink_bytes: int | None = None
-    edge_nmse: float | None = None
-    codecs: dict[str, int] | None = None
-    widths: dict[str, int] | None = None
-    sparsity: float | None = None
-
-    def count(self, what: Literal["codecs", "widths"], choice: str) -> None:
-        """Count a client that was asked for a codec, or for a width, of its own."""
-        counts = getattr(self, what) or {}
-        setattr(self, what, {**counts, choice: counts.get(choice, 0) + 1})
-
-    def reject(self, kind: str, reason: str) -> None:
-        """Count a lost update, and keep the first few reasons, fit for a terminal."""
-        self.rejected[kind] += 1
-        if len(self.reasons) < MAX_REASONS:
-            printable = "".join(c if c.isprintable() else " " for c in f"{kind}: {reason}")
-            self.reasons.append(" ".join(printable.split())[:200])
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's contribution, checked as far as it goes without decoding it."""
-
-    node: int
-    slot: int  #: the client's place in the cohort
-    delta: wire.Frame | memoryview | bytes  #: a codec's, or the packed integers of a mechanism
-    state: bytes | memoryview
-    weight: float
-    loss: float | None
-    source: Contribution
-    beside: Vector | None = None  #: how the model moved since the client's base, if that helped
-    variant: int = 0  #: which of the states it is
-    discount: float = 1.0  #: times the delta, for its age
-
-
 class Refine(Protocol):
     """What is done to a round's result with the clients' own models."""
 
     def __call__(
-        self, members: Sequence[Member], weights: Vector, state: Vector, current: _Round
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: ServerRound
     ) -> tuple[Vector, Vector]:
         """Return the weights, and the states of all variants."""
 
@@ -203,7 +99,7 @@ class Sums(Protocol):
     def masked(self) -> bool:
         """Whether the server sees sums only."""
 
-    def collect(self, strategy: FedQ, grid: Grid, current: _Round) -> ServerState:
+    def collect(self, strategy: FedQ, grid: Grid, current: ServerRound) -> ServerState:
         """Run the round's phases and return the state after it."""
 
 
@@ -340,7 +236,7 @@ class FedQ(Strategy):
             bits_of(codec)  # refuses codecs that have none
         self.downlink = Downlink(downlink or Identity(), layout, history, initial)
         self._nodes: tuple[Collection[int], Nodes] | None = None
-        self._round: _Round | None = None
+        self._round: ServerRound | None = None
         self._state: ServerState | None = None
 
     # --- one round ---------------------------------------------------------------------------
@@ -371,7 +267,7 @@ class FedQ(Strategy):
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
         return self._finish(current, replies), current.report
 
-    def _begin(self, grid: Grid, before: ServerState) -> _Round:
+    def _begin(self, grid: Grid, before: ServerState) -> ServerRound:
         start = time.perf_counter()
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
@@ -385,13 +281,13 @@ class FedQ(Strategy):
         seed = derive(self.seed, report.round, "downlink")
         weights = self.downlink.settled(before.weights, before.broadcasts)
         whole = self.downlink.whole(weights, seed)
-        context = _Context(self.downlink, before.broadcasts, whole)
+        context = Context(self.downlink, before.broadcasts, whole)
         request, openers = {**self.request(before), **asked}, None
         support = self._support(context, report)
         if self.sealing is not None:
             request = self.sealing.announced(request, len(nodes), context.model, before.state)
             openers = dict.fromkeys(nodes, self.sealing.opener(of_request(request)))
-        current = _Round(
+        current = ServerRound(
             before=before,
             report=report,
             waiting={node: slot for slot, node in enumerate(nodes)},
@@ -419,7 +315,7 @@ class FedQ(Strategy):
             self._by_edge(self.topology, current)
         return current
 
-    def _by_edge(self, tree: Tree, current: _Round) -> None:
+    def _by_edge(self, tree: Tree, current: ServerRound) -> None:
         """Put the round's edges between its clients and the server."""
         report, places = current.report, current.places
         served = [tree.edge(places[node], len(places)) for node in current.asked]
@@ -428,7 +324,7 @@ class FedQ(Strategy):
         states = [self.state_layout.size] * len(self.variants)
         current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
 
-    def _support(self, context: _Context, report: RoundReport) -> Support | None:
+    def _support(self, context: Context, report: RoundReport) -> Support | None:
         """Return what of the model is trained: a function of the model as clients decode it."""
         if not self.pruning.active:
             return None
@@ -436,28 +332,28 @@ class FedQ(Strategy):
         report.sparsity = 0.0 if support is None else support.sparsity
         return support
 
-    def ask(self, nodes: Sequence[int], current: _Round) -> list[Message]:
+    def ask(self, nodes: Sequence[int], current: ServerRound) -> list[Message]:
         """Return requests to nodes that are asked at the same time."""
         cohort = [self._candidate(node, current) for node in nodes]
         codecs = self.budget.codecs(self.codec, current.before.history, cohort, self.layout.size)
         return [self._ask(node, codec, current) for node, codec in zip(nodes, codecs, strict=True)]
 
-    def _candidate(self, node: int, current: _Round) -> Candidate:
+    def _candidate(self, node: int, current: ServerRound) -> Candidate:
         examples = current.before.history.examples.get(node)
         uplink_mbps = self._capacity(node, current).uplink_mbps
         return Candidate(examples, uplink_mbps, current.capacities.median.uplink_mbps)
 
-    def _capacity(self, node: int, current: _Round) -> Capacity:
+    def _capacity(self, node: int, current: ServerRound) -> Capacity:
         return current.capacities[node if self.clock is None else current.places[node]]
 
-    def _width(self, node: int, current: _Round) -> str | None:
+    def _width(self, node: int, current: ServerRound) -> str | None:
         """Return the width that a node is asked to train in; None leaves that to the node."""
         if self.width is None:
             return None
         speed, median = self._capacity(node, current).speed, current.capacities.median.speed
         return self.variants[self.width(speed, median)]
 
-    def _ask(self, node: int, codec: Codec, current: _Round) -> Message:
+    def _ask(self, node: int, codec: Codec, current: ServerRound) -> Message:
         """Return a node's request: the model whole, or as changes if those are shorter."""
         report, base = current.report, self.downlink.base(node, current.before.broadcasts)
         width = self._width(node, current)
@@ -477,7 +373,7 @@ class FedQ(Strategy):
         return Message(content, node, MessageType.TRAIN, group_id=str(report.round))
 
     def _content(
-        self, current: _Round, base: int | None, codec: Codec, width: str | None
+        self, current: ServerRound, base: int | None, codec: Codec, width: str | None
     ) -> RecordDict:
         """Return a request's content: made once for all clients that have the same."""
         if base not in current.models:
@@ -506,7 +402,7 @@ class FedQ(Strategy):
         opened_s = clock.opens(before.now_s, anybody)
         return opened_s, lambda place: clock.available(place, opened_s)
 
-    def _timed(self, grid: Grid, current: _Round) -> TimedGrid:
+    def _timed(self, grid: Grid, current: ServerRound) -> TimedGrid:
         assert self.clock is not None
         deadline_s, first = None, None
         if isinstance(self.pacing, Synchronous):
@@ -526,10 +422,10 @@ class FedQ(Strategy):
     def _about(self, server_round: int, sampled: int) -> Round:
         return self.privacy.about(server_round, self.seed, sampled, self.layout.size, self.task)
 
-    def _claims(self, grid: Grid, before: ServerState) -> _Claims:
+    def _claims(self, grid: Grid, before: ServerState) -> Claims:
         """Return who is which client; a node that left frees its number."""
         connected = self.nodes(grid)
-        return _Claims({n: c for n, c in before.clients.items() if n in connected})
+        return Claims({n: c for n, c in before.clients.items() if n in connected})
 
     def _needed(self, sampled: int) -> int:
         return max(1, int(np.ceil(self.quorum * sampled)))
@@ -587,7 +483,7 @@ class FedQ(Strategy):
 
     def _blob(
         self,
-        current: _Round,
+        current: ServerRound,
         model: bytes,
         codec: Codec,
         base: int | None = None,
@@ -607,7 +503,7 @@ class FedQ(Strategy):
         state = Identity().encode(current.before.state, self.states_layout)
         return wire.seal(wire.Envelope(metadata, [model, state]))
 
-    def _finish(self, current: _Round, replies: Iterable[Message]) -> ServerState:
+    def _finish(self, current: ServerRound, replies: Iterable[Message]) -> ServerState:
         report, privacy = current.report, current.privacy
         deltas, states = self.streams(current, current.expected)
         losses: list[tuple[float, float]] = []
@@ -647,7 +543,7 @@ class FedQ(Strategy):
             report.rejected["no reply"] += len(current.waiting)
         return self.conclude(current, deltas, states, losses, accepted)
 
-    def streams(self, current: _Round, capacity: int) -> tuple[Stream, list[Stream]]:
+    def streams(self, current: ServerRound, capacity: int) -> tuple[Stream, list[Stream]]:
         """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
         if current.edges is not None:
             return current.edges.delta, list(current.edges.states)
@@ -664,7 +560,7 @@ class FedQ(Strategy):
 
     def conclude(
         self,
-        current: _Round,
+        current: ServerRound,
         deltas: Stream,
         states: Sequence[Stream],
         losses: list[tuple[float, float]],
@@ -717,7 +613,7 @@ class FedQ(Strategy):
 
     def _step(
         self,
-        current: _Round,
+        current: ServerRound,
         deltas: Stream,
         states: Sequence[Stream],
         accepted: Sequence[Contribution],
@@ -787,7 +683,7 @@ class FedQ(Strategy):
         state = len(Identity().encode(values, self.state_layout))
         return body + state + wire.MAX_METADATA_BYTES + _HEADS_BYTES
 
-    def _opened(self, replies: Iterable[Message], current: _Round) -> Iterator[Update]:
+    def _opened(self, replies: Iterable[Message], current: ServerRound) -> Iterator[Update]:
         """Yield the updates that are worth decoding."""
         for reply in replies:
             try:
@@ -796,7 +692,7 @@ class FedQ(Strategy):
                 current.watch.note(reply.metadata.src_node_id, error.kind)
                 current.report.reject(error.kind, str(error))
 
-    def _open(self, reply: Message, current: _Round) -> Update:
+    def _open(self, reply: Message, current: ServerRound) -> Update:
         """Check one reply; whatever makes it unusable is a RejectedError."""
         node, slot, message = self._read(reply, current)
         try:
@@ -804,7 +700,7 @@ class FedQ(Strategy):
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
-    def _read(self, reply: Message, current: _Round) -> tuple[int, int, wire.Envelope]:
+    def _read(self, reply: Message, current: ServerRound) -> tuple[int, int, wire.Envelope]:
         """Return who replied, its place in the cohort and what it said in this round."""
         report = current.report
         if reply.has_error():
@@ -839,7 +735,7 @@ class FedQ(Strategy):
         except DecodeError as error:
             raise RejectedError("malformed", str(error)) from None
 
-    def _note_base(self, node: int, metadata: Mapping[str, Any], current: _Round) -> None:
+    def _note_base(self, node: int, metadata: Mapping[str, Any], current: ServerRound) -> None:
         kept = metadata.get("kept")
         if kept is True:
             current.held[node] = current.asked[node].round
@@ -848,7 +744,7 @@ class FedQ(Strategy):
                 current.strangers.add(node)
             raise RejectedError("no base", str(metadata.get("dropped")))
 
-    def _update(self, node: int, slot: int, message: wire.Envelope, current: _Round) -> Update:
+    def _update(self, node: int, slot: int, message: wire.Envelope, current: ServerRound) -> Update:
         metadata = message.metadata
         if "dropped" in metadata:
             raise RejectedError("dropped", str(metadata["dropped"]))
@@ -887,7 +783,7 @@ class FedQ(Strategy):
         )
 
     def _frame(
-        self, node: int, message: wire.Envelope, beside: Vector | None, current: _Round
+        self, node: int, message: wire.Envelope, beside: Vector | None, current: ServerRound
     ) -> tuple[wire.Frame, int]:
         """Return a codec's frame, and the number of the client whose seed it has."""
         layout, asked = self.layout, current.asked[node]
@@ -901,7 +797,7 @@ class FedQ(Strategy):
             raise RejectedError("seed", f"not the one of client {client} in this round")
         return frame, client
 
-    def _decode(self, update: Update, current: _Round) -> tuple[NDArray[Any], Vector]:
+    def _decode(self, update: Update, current: ServerRound) -> tuple[NDArray[Any], Vector]:
         """Return an update's delta (or integers) and state; safe in several threads."""
         privacy = current.privacy
         delta: NDArray[Any]
@@ -918,7 +814,7 @@ class FedQ(Strategy):
                 raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
         return delta, state
 
-    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: _Round) -> Vector:
+    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: ServerRound) -> Vector:
         if (support := current.support) is None:
             return decode_frame(frame, self.layout, beside)
         return support.scatter(decode_frame(frame, support.layout, beside))
@@ -1034,119 +930,6 @@ class FedQ(Strategy):
     def _arrays(self, state: ServerState) -> ArrayRecord:
         named = self.layout.unflatten(state.weights)
         return ArrayRecord({name: Array(array) for name, array in named.items()})
-
-
-class _Claims:
-    """Which client each node is: it keeps the number it first claims, and shares it with none.
-
-    Attributes:
-      clients: Numbers by node.
-    """
-
-    def __init__(self, clients: dict[int, int]) -> None:
-        self.clients = clients
-        self._nodes = {client: node for node, client in clients.items()}
-
-    def claim(self, node: int, client: object) -> int:
-        """Return the number that a node claims, if it may."""
-        if isinstance(client, bool) or not isinstance(client, int) or client >> SEED_BITS:
-            raise DecodeError(f"claims to be client {client!r}")
-        if self.clients.setdefault(node, client) != client:
-            raise RejectedError("seed", f"client {self.clients[node]} claims to be client {client}")
-        if self._nodes.setdefault(client, node) != node:
-            del self.clients[node]
-            raise RejectedError("seed", f"client {client} is another node; number clients apart")
-        return client
-
-
-@dataclass
-class _Context:
-    """What the updates of a round may be coded beside: how the model moved since each base.
-
-    Attributes:
-      offered: By node, the base that it was asked to use.
-    """
-
-    downlink: Downlink
-    broadcasts: Broadcasts
-    whole: bytes
-    offered: dict[int, int] = field(default_factory=dict)
-    _moved: dict[int, Vector] = field(default_factory=dict)  # by base: few, whatever the clients
-
-    @cached_property
-    def model(self) -> Vector:
-        """The model as this round's clients decode it."""
-        return self.downlink.codec.decode(self.whole, self.downlink.layout)
-
-    def claim(self, node: int, base: object) -> Vector | None:
-        """Return what a node says that it used, if it may."""
-        if base is None:
-            return None
-        if isinstance(base, bool) or not isinstance(base, int) or self.offered.get(node) != base:
-            raise DecodeError(f"coded beside round {base!r}, which it was not asked to use")
-        if base not in self._moved:
-            self._moved[base] = self.model - self.downlink.sent(self.broadcasts, base)
-        return self._moved[base]
-
-
-@dataclass
-class _Round:
-    """A round under way."""
-
-    before: ServerState
-    report: RoundReport
-    waiting: dict[int, int]  #: nodes yet to answer, and their places in the cohort
-    held: dict[int, int]
-    strangers: set[int]
-    claims: _Claims
-    whole: bytes
-    context: _Context
-    watch: Watch
-    privacy: Privacy  #: with the bound of this round
-    about: Round
-    request: Mapping[str, Any]  #: what every client is told beside the model
-    openers: Mapping[int, Opener] | None  #: by node, of sealed replies
-    weights: Vector  #: what is sent of the model, before it is encoded
-    opened_s: float  #: simulated seconds since the run began
-    expected: int  #: updates, of which a quorum must be usable
-    places: Mapping[int, int]  #: by node, in the order of registration
-    capacities: Capacities  #: by place if there is a clock, else by node
-    start: float
-    support: Support | None = None  #: what of the model is trained
-    float32_bytes: int = 0  #: of an uncompressed request
-    messages: list[Message] = field(default_factory=list)
-    asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
-    models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
-    contents: dict[tuple[int | None, Codec, str | None], RecordDict] = field(default_factory=dict)
-    examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
-    #: By place, variant, delta and state of accepted updates, if they are still needed.
-    members: dict[int, tuple[int, Vector, Vector]] = field(default_factory=dict)
-    timing: TimedGrid | None = None
-    steps: Steps | None = None
-    edges: Edges | None = None
-
-    def __post_init__(self) -> None:
-        self.models[None] = self.whole
-
-    def ensemble(self) -> list[Member]:
-        """Return the clients' models, in the order of the cohort."""
-        sent = (
-            self.context.model if self.support is None else self.support.masked(self.context.model)
-        )
-        return [
-            Member(variant, sent + delta, state)
-            for _, (variant, delta, state) in sorted(self.members.items())
-        ]
-
-    def answer(self, reply: Message) -> tuple[int, int | None]:
-        """Take a node off the waiting list; its place is None if it was not on it."""
-        node = reply.metadata.src_node_id
-        if reply.has_error() and node not in self.waiting:
-            # Flower answers for an unreachable node in its own name: the message tells which.
-            replied = reply.metadata.reply_to_message_id
-            asked = (m.metadata for m in self.messages if m.metadata.message_id == replied)
-            node = next((metadata.dst_node_id for metadata in asked), node)
-        return node, self.waiting.pop(node, None)
 
 
 def _numpy(arrays: ArrayRecord) -> dict[str, NDArray[Any]]:

@@ -20,8 +20,9 @@ from fedq.data.base import load
 from fedq.engines.local import LocalGrid
 from fedq.errors import ConfigError, FedqError
 from fedq.results import RunDirectory
+from fedq.rounds import ServerState
 from fedq.state import StateStore
-from fedq.strategy import FedQ, ServerState
+from fedq.strategy import FedQ
 from tests.grids import CountingGrid, Handler, InlineGrid, envelope, raw_reply, toy_app
 
 # isort: split

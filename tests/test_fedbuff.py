@@ -19,7 +19,8 @@ from fedq.layout import Vector
 from fedq.physics.clock import Clock
 from fedq.random import derive, generator
 from fedq.records import unpack
-from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.rounds import RoundReport, ServerState
+from fedq.strategy import FedQ
 from tests.grids import InlineGrid
 
 # isort: split

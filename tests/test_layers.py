@@ -33,7 +33,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records cohort strategy client engines asynchronous secure_client secure_server flower",
+        "records cohort rounds strategy client engines asynchronous flower "
+        "secure_client secure_server",
         "torch hydra omegaconf ray matplotlib",
     ),
     "server": ("server progress", "hydra omegaconf ray matplotlib"),

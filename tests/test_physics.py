@@ -21,7 +21,8 @@ from fedq.engines.timed import Flight, certain, nth_arrival
 from fedq.errors import ConfigError, FedqError
 from fedq.physics.clock import Clock, Exchange
 from fedq.physics.links import Transfer
-from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.rounds import RoundReport, ServerState
+from fedq.strategy import FedQ
 from tests.grids import Handler, InlineGrid, constant_client
 
 # isort: split

@@ -19,12 +19,13 @@ from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, FedqError
 from fedq.keys import Credentials, SimulatedRoster, simulated
 from fedq.random import derive
+from fedq.rounds import ServerState
 from fedq.secagg import PHASES, _words
 from fedq.secagg._messages import SEALED_BYTES
 from fedq.secagg.base import OnGrid
 from fedq.secure_server import SecureServer
 from fedq.state import StateStore
-from fedq.strategy import PATIENCE, FedQ, ServerState
+from fedq.strategy import PATIENCE, FedQ
 from tests.grids import InlineGrid
 
 # isort: split

@@ -18,7 +18,8 @@ from fedq.codecs.identity import Identity
 from fedq.errors import ConfigError, DecodeError
 from fedq.random import derive, generator, round_seed
 from fedq.records import unpack
-from fedq.strategy import FedQ, RoundReport, ServerState
+from fedq.rounds import RoundReport, ServerState
+from fedq.strategy import FedQ
 from fedq.topologies.tree import Tree
 from tests.grids import InlineGrid
 
