@@ -1,4 +1,4 @@
-"""The pictures of docs/studies.md, from the results of benchmarks/reproductions.py.
+"""The pictures of docs/studies.md: images, from the results of benchmarks/reproductions.py.
 
     python docs/make_studies.py
 
@@ -55,7 +55,8 @@ def main() -> None:
     sys.path.insert(0, str(BENCHMARKS))
     from reproductions import read, to_run
 
-    study = Study.of([to_run(record) for record in read(BENCHMARKS / "results")])
+    cells = [cell for cell in read(BENCHMARKS / "results") if cell["task"] == "images"]
+    study = Study.of(list(map(to_run, cells)))
     pictures(study, chosen.out)
     if find_spec("playwright"):
         screenshot(study, chosen.out, chosen.chromium)
