@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,10 +106,7 @@ class FedDF(ServerDistillation):
     learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.examples < 1:
-            raise ConfigError(
-                f"server_distillation.examples must be at least 1, not {self.examples}"
-            )
+        _check_examples(self)
         _ = self._training  # checks its own options
 
     @property
@@ -245,6 +242,6 @@ class Distilled(ReadOut):
             trainer.load(weights, state)
 
 
-def _check_examples(read_out: Any) -> None:
-    if read_out.examples < 1:
-        raise ConfigError(f"read_out.examples must be at least 1, not {read_out.examples}")
+def _check_examples(choice: ServerDistillation | ReadOut) -> None:
+    if choice.examples < 1:
+        raise ConfigError(f"{choice.group}.examples must be at least 1, not {choice.examples}")

@@ -38,7 +38,7 @@ from fedq.pruning.base import Support
 from fedq.quantization.footprint import footprint
 from fedq.random import derive, generator
 from fedq.results import RunDirectory, versions
-from fedq.rounds import RoundReport, ServerState
+from fedq.rounds import RoundReport, ServerRound, ServerState
 from fedq.sealing import Sealing
 from fedq.secure_server import SecureServer
 from fedq.strategy import FedQ
@@ -251,7 +251,7 @@ class _Server:
         return self.dataset.train_inputs(chosen), self.dataset.y_train[chosen]
 
     def _distilled(
-        self, members: Sequence[Member], weights: Vector, state: Vector, current: Any
+        self, members: Sequence[Member], weights: Vector, state: Vector, current: ServerRound
     ) -> tuple[Vector, Vector]:
         """Let the aggregate learn from the clients' models."""
         first, *others = np.split(state, len(self.trainers))
