@@ -9,8 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
 from fedq.watch import serving
 
 PICTURE = Path(__file__).with_name("watch.png")
@@ -18,6 +16,8 @@ PICTURE = Path(__file__).with_name("watch.png")
 
 def main(run: str) -> None:
     """Write the picture of a run."""
+    from playwright.sync_api import sync_playwright
+
     with serving(run) as address, sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
