@@ -38,8 +38,11 @@ WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedq" /
 #: Overrides of each task: smaller models, so that a cell takes seconds of a quiet core.
 TASKS = {
     "images": ("model=small_cnn", "model.width=8", "rounds=30"),
-    "keywords": ("model=small_cnn", "rounds=40"),
-    "activity": ("model=imu_cnn", "model.width=16", "rounds=50"),
+    "keywords": ("model=small_cnn", "rounds=60", "learning_rate_end=0.01"),
+    "activity": (
+        *("model=imu_cnn", "model.width=16", "rounds=50"),
+        *("learning_rate=0.3", "learning_rate_end=0.03"),
+    ),
 }
 QUICK = ("rounds=2", "data=digits", "clients=6", "clients_per_round=3", "local_epochs=1")
 #: What a record keeps of a round, beside its number.
