@@ -20,7 +20,8 @@ from fedq import records  # noqa: F401  (sets what Flower reads at import)
 from fedq.errors import FedqError
 
 # isort: split
-from flwr.app.message import array, remove_content_from_message
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import array, make_message, remove_content_from_message
 from flwr.common.constant import (
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
@@ -53,13 +54,16 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ObjectTree,
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushAppMessagesRequest,
     PushTaskOutputRequest,
@@ -68,6 +72,7 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
+    SYSTEM_MESSAGE_TYPE,
     TaskType,
 )
 from flwr.supercore.control import ControlHttpClient
@@ -115,8 +120,11 @@ __all__ = [
     "ListNodesRequest",
     "Node",
     "NodeAuthHttpInterceptor",
+    "ObjectTree",
+    "ProtoMessage",
     "ProtobufError",
     "ProtobufRequestContext",
+    "PullAppMessagesRequest",
     "PullMessagesRequest",
     "PullMessagesResponse",
     "PullObjectRequest",
@@ -144,6 +152,7 @@ __all__ = [
     "get_object_tree",
     "inflate_object_from_contents",
     "iterate_object_tree",
+    "lost_reply",
     "message_from_proto",
     "message_to_proto",
     "no_object_id_recompute",
@@ -165,6 +174,23 @@ def require_known() -> None:
         raise FedqError(
             f"this fedq needs flwr {KNOWN}x for a fleet, not {found}; pip install 'flwr~={KNOWN}0'"
         )
+
+
+def lost_reply(header: ProtoMessage, reason: str) -> Message:
+    """Return the error that stands for a reply of which no more than its header has come."""
+    asked = header.metadata
+    metadata = Metadata(
+        run_id=asked.run_id,
+        message_id="",
+        src_node_id=asked.src_node_id,
+        dst_node_id=asked.dst_node_id,
+        message_type=SYSTEM_MESSAGE_TYPE,
+        group_id=asked.group_id,
+        ttl=0,
+        reply_to_message_id=asked.reply_to_message_id,
+        created_at=now().timestamp(),
+    )
+    return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
 
 
 def destinations(body: bytes) -> list[int]:

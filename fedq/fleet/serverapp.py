@@ -29,13 +29,11 @@ from fedq.experiment import Experiment
 from fedq.fleet import control, flower
 from fedq.fleet.device import VERSION_KEY
 from fedq.fleet.files import Fleet, locked, write_json
+from fedq.fleet.grid import FleetGrid
 from fedq.fleet.link import Retrying
 from fedq.fleet.sampling import FittingGrid
 from fedq.node import RUN_KEY
 from fedq.results import default_run_path, read_config
-
-# isort: split
-from flwr.superlink.grid.http_grid import HttpGrid
 
 LOG = logging.getLogger("fedq")
 Say = Callable[[str], None]
@@ -204,13 +202,13 @@ def _wait_for_devices(fleet: Fleet, quorum: float, wait_s: float, say: Say) -> N
 
 
 @contextmanager
-def _grid(fleet: Fleet, run_config: dict[str, str]) -> Iterator[HttpGrid]:
+def _grid(fleet: Fleet, run_config: dict[str, str]) -> Iterator[FleetGrid]:
     """Start a run of Flower's and take the place of its ServerApp until the end of the context."""
     certificate = fleet.path("ca.crt").read_bytes()
     with control.connected(fleet) as client:
         run_id = _start_run(client, run_config)
     token = _take(fleet, certificate, run_id)
-    grid = HttpGrid(fleet.control_address, False, certificate, token=token)
+    grid = FleetGrid(fleet.control_address, certificate, token)
     grid._retry_invoker = Retrying(lambda error: _explain(error, fleet))  # type: ignore[assignment]
     runtime = grid._runtime_client
     ended = threading.Event()
