@@ -191,7 +191,7 @@ def write(
     machine, versions = where["machine"], where["versions"]
     load = ", ".join(map(str, machine["load_average"]))
     foot = (
-        f"{where['date']}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
+        f"{where['date']}; {machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] != 1)}, {machine['memory_gb']} GB; "
         f"load average at the end {load}; "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + f". Made by `python benchmarks/{name}.py`; figures in `{name}.json`."

@@ -192,7 +192,6 @@ def write(out: Path, cells: list[Record]) -> None:
     """Write the results."""
     runs = [to_run(record) for record in cells]
     study = Study.of(runs)
-    plain = config.load([])
     rounds = sorted({run.planned for run in runs})
     seeds = sorted({run.seed for run in runs if run.seed is not None})
     _common.write(
@@ -200,11 +199,9 @@ def write(out: Path, cells: list[Record]) -> None:
         "reproductions",
         "Reference methods at equal work",
         [
-            f"{len(cells)} runs: seeds {', '.join(map(str, seeds))}; "
-            f"{', '.join(map(str, rounds))} rounds of {plain.clients_per_round} clients, "
-            f"{plain.local_epochs} local epochs, learning rate {plain.learning_rate:g} for all; "
-            "nothing was tuned for any method. The float run of the same task, partition and seed "
-            "sets the level. Methods of this project and FP8 are judged by their deployed "
+            f"{len(cells)} runs, seeds {', '.join(map(str, seeds))}. {protocol()} All methods of a "
+            "task have the same, and nothing was tuned for any. The float run of the same task, "
+            "partition and seed sets the level. Methods of this project and FP8 are judged by their deployed "
             "quantized model, the others by their float one. Most reference methods leave the "
             "downlink in float32, as published: `uplink to there` compares the uplink alone.",
             "Bytes of both directions until 99 % of the float accuracy, and how many times fewer "
@@ -221,6 +218,21 @@ def write(out: Path, cells: list[Record]) -> None:
             "cells": cells,
         },
     )
+
+
+def protocol() -> str:
+    """Return how the tasks are trained, in words."""
+    found = []
+    for task, overrides in TASKS.items():
+        plain = config.load([f"task={task}", *overrides])
+        rate = f"learning rate {plain.learning_rate:g}"
+        if plain.learning_rate_end != 1:
+            rate += f", falling linearly to {plain.learning_rate * plain.learning_rate_end:g}"
+        found.append(
+            f"{task}: {plain.rounds} rounds of {plain.clients_per_round} clients, "
+            f"{plain.local_epochs} local epochs, {rate}"
+        )
+    return "; ".join(found).capitalize() + "."
 
 
 def headline(study: Study) -> str:
