@@ -190,8 +190,9 @@ def write(
     where = environment()
     machine, versions = where["machine"], where["versions"]
     load = ", ".join(map(str, machine["load_average"]))
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     foot = (
-        f"{where['date']}; {machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] != 1)}, {machine['memory_gb']} GB; "
+        f"{where['date']}; {machine['cpu']}, {cores}, {machine['memory_gb']} GB; "
         f"load average at the end {load}; "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + f". Made by `python benchmarks/{name}.py`; figures in `{name}.json`."
