@@ -201,9 +201,10 @@ def write(out: Path, cells: list[Record]) -> None:
         [
             f"{len(cells)} runs, seeds {', '.join(map(str, seeds))}. {protocol()} All methods of a "
             "task have the same, and nothing was tuned for any. The float run of the same task, "
-            "partition and seed sets the level. Methods of this project and FP8 are judged by their deployed "
-            "quantized model, the others by their float one. Most reference methods leave the "
-            "downlink in float32, as published: `uplink to there` compares the uplink alone.",
+            "partition and seed sets the level. Methods of this project and FP8 are judged by "
+            "their deployed quantized model, the others by their float one. Most reference methods "
+            "leave the downlink in float32, as published: `uplink to there` compares the uplink "
+            "alone.",
             "Bytes of both directions until 99 % of the float accuracy, and how many times fewer "
             "than float there (mean over seeds; `2 of 3`: so many seeds got there):",
             headline(study),

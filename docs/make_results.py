@@ -20,7 +20,8 @@ def pages() -> Iterator[tuple[Path, str]]:
         found = BENCHMARKS / "results" / f"{script.stem}.json"
         if found.exists():
             figures = json.loads(found.read_text())
-            machine = f"{figures['machine']['cpu']}, {figures['machine']['cores']} cores"
+            cores = figures["machine"]["cores"]
+            machine = f"{figures['machine']['cpu']}, {cores} core{'s' * (cores != 1)}"
             link = f"[{script.stem}](results/{script.stem}.md)"
             rows.append([link, _what(script), figures["date"], machine])
     text = (
