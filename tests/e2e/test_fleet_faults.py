@@ -476,7 +476,7 @@ def test_an_uplink_of_20_kb_s_delivers_and_has_fewer_bits_once_it_is_known(
     assert 0.6 * sent < meter.up_bytes - before < 1.1 * sent + 50_000  # nothing was sent twice
     told = json.loads(fedq("fleet", "status", "--fleet", gauntlet.fleet.root, "--json").stdout)
     speeds = {one["name"]: one["report"]["up_bytes_s"] for one in told["devices"]}
-    assert 10_000 < speeds["device-1"] < 30_000 < min(speeds["device-0"], speeds["device-2"])
+    assert 2_000 < speeds["device-1"] < 30_000 < min(speeds["device-0"], speeds["device-2"])
     last = read_rounds(run)[-1]
     assert last["codecs"] == {"uniform(bits=16)": 2, "uniform(bits=12)": 1}
     assert sum(last["widths"].values()) == 3
