@@ -41,9 +41,8 @@ class Digits(Data):
         try:
             table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"data=digits cannot read {path}: {error}; pip install --force-reinstall scikit-learn"
-            ) from None
+            remedy = "pip install --force-reinstall scikit-learn"
+            raise ConfigError(f"data=digits cannot read {path}: {error}; {remedy}") from None
         x = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         y = table[:, -1].astype(np.int64)
         train, test = stratified(y, 0.2, self.seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Command, run
+from tests.command import Command, run
 
 FEDERATION = (
     "data=digits",

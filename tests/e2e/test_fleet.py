@@ -27,6 +27,7 @@ from fedq.fleet import control, demo, device, doctor, link, serverapp, superlink
 from fedq.fleet.bundle import enrol
 from fedq.fleet.files import Device, Fleet
 from fedq.fleet.meter import Meter
+from tests import command
 
 FEDQ = (sys.executable, "-m", "fedq.cli")
 RUN_S = 240
@@ -38,13 +39,7 @@ OPTIONS = (
 
 
 def fedq(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*FEDQ, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=RUN_S,
-        check=False,
-    )
+    return command.run(*arguments, timeout=RUN_S)
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -88,13 +83,8 @@ class Shelf:
     def log(self, number: int) -> str:
         return (self.devices[number].root / "device.log").read_text()
 
-    def run(self, *options: str | Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*FEDQ, "fleet", "run", "--json", "--fleet", self.fleet.root, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def run(self, *options: str | Path) -> command.Command:
+        process = command.Command("fleet", "run", "--json", "--fleet", self.fleet.root, *options)
         self.stack.callback(process.wait)
         self.stack.callback(process.kill)
         return process

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Command
+from tests.command import Command
 from tests.e2e.test_simulate import SMALL, fedq, rounds, simulate, summary
 
 ASYNCHRONOUS = (

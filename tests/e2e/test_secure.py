@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Command
+from tests.command import Command
 from tests.e2e.test_simulate import SMALL as LONGER
 from tests.e2e.test_simulate import fails, fedq, rounds, simulate, summary
 

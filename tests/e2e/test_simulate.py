@@ -22,7 +22,7 @@ from fedq import ConfigError, build, config, simulation
 from fedq.data.base import load
 from fedq.results import RunDirectory, read_model
 from fedq.training import trainer_for
-from tests.e2e.command import Command, run, run_new
+from tests.command import Command, run, run_new
 
 RUN_S = 300
 SMALL = (

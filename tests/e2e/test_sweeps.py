@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedq import manifest
-from tests.e2e.command import Command, run
+from tests.command import Command, run
 
 SMALL = (
     *("data=digits", "model=mlp", "quantization=none", "clients=6", "clients_per_round=3"),

@@ -1,7 +1,7 @@
-"""The ``fedq`` command in a process of its own, which starts at once.
+"""The ``fedq`` command, or a script, in a process of its own, which starts at once.
 
 Such a process is forked from one that has imported all of fedq and done nothing (``python -m
-tests.e2e.command``, one for all tests of a pytest process). It has its own pid, session, working
+tests.command``, one for all tests of a pytest process). It has its own pid, session, working
 directory, environment and output, may be killed, and shares nothing with the tests. What it does
 without are the seconds of CPU that imports take, of which most tests have nothing.
 """
@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -25,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, NoReturn
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 
 class Command:
@@ -33,18 +34,26 @@ class Command:
 
     Args:
       arguments: Of the command.
-      cwd: Its working directory.
+      cwd: Its working directory; this process's if not given.
+      script: What to run in place of ``fedq``.
       own_session: Whether it leads a session, so that ``os.killpg`` reaches it and its workers.
     """
 
-    def __init__(self, *arguments: object, cwd: Path, own_session: bool = False) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        script: Path | None = None,
+        own_session: bool = False,
+    ) -> None:
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         self._said = ["", ""]
         self._ended, ends = os.pipe()
         self.returncode: int | None = None
         request = {
             "arguments": [*map(str, arguments)],
-            "cwd": str(cwd),
+            "cwd": str(cwd or Path.cwd()),
+            "script": script and str(script),
             "environment": dict(os.environ),
             "own_session": own_session,
         }
@@ -83,9 +92,11 @@ class Command:
         return out, err
 
 
-def run(*arguments: object, cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run ``fedq ARGUMENTS`` to its end."""
-    command = Command(*arguments, cwd=cwd)
+def run(
+    *arguments: object, timeout: float, cwd: Path | None = None, script: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``fedq ARGUMENTS``, or a script, to its end."""
+    command = Command(*arguments, cwd=cwd, script=script)
     try:
         out, err = command.communicate(timeout)
     except BaseException:
@@ -114,7 +125,7 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair()
     number = theirs.fileno()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.e2e.command", str(number)],
+        [sys.executable, "-m", "tests.command", str(number)],
         cwd=REPOSITORY,
         pass_fds=[number],
         stdin=subprocess.DEVNULL,
@@ -194,7 +205,12 @@ def _load() -> None:
 
 
 def _become(
-    files: list[int], arguments: list[str], cwd: str, environment: dict[str, str], own_session: bool
+    files: list[int],
+    arguments: list[str],
+    cwd: str,
+    script: str | None,
+    environment: dict[str, str],
+    own_session: bool,
 ) -> NoReturn:
     """Be the command, in a process that was just forked."""
     if own_session:
@@ -208,9 +224,14 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    from fedq.cli import main
+    if script is not None:
+        sys.argv[:], sys.path[0] = [script, *arguments], str(Path(script).parent)
+        runpy.run_path(script, run_name="__main__")
+        status = 0
+    else:
+        from fedq.cli import main
 
-    status = main(arguments)
+        status = main(arguments)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
