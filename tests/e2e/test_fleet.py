@@ -97,13 +97,14 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
         fleet = demo.make_fleet(root / "server", 2)
         stack.enter_context(demo.up(fleet))
         meters = [stack.enter_context(Meter(fleet.port)) for _ in fleet.devices]
-        # A device is given up after two heartbeats: one is back before, whatever else runs here; the
-        # other one is missed soon.
+        # A device is given up after two heartbeats: the first is back before, on any machine, and
+        # the second is missed soon.
+        beats_s = (60, 10)
         devices = [
             demo.make_device(
-                fleet, name, root, number, meters[number].port, heartbeat_s=heartbeat_s
+                fleet, name, root, number, meters[number].port, heartbeat_s=beats_s[number]
             )
-            for (number, name), heartbeat_s in zip(enumerate(fleet.devices), (60, 10), strict=True)
+            for number, name in enumerate(fleet.devices)
         ]
         yield Shelf(fleet, devices, meters, stack)
 
