@@ -2,8 +2,8 @@
 
 Such a process is forked from one that has imported all of fedq and done nothing (``python -m
 tests.command``, one for all tests of a pytest process). It has its own pid, session, working
-directory, environment and output, may be killed, and shares nothing with the tests. All that it does
-without are the seconds of CPU that imports take.
+directory, environment and output, may be killed, and shares nothing with the tests. All that it
+does without are the seconds of CPU that imports take.
 """
 
 from __future__ import annotations
