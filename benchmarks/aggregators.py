@@ -75,8 +75,10 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(options.row))))
         return
     shape = (100, 5_000) if options.quick else (100, 1_000_000)
+    rules = ("median", "MoNNA", "DnC") if options.quick else tuple(RULES)
     rows = []
-    for name, (_, _, theirs) in RULES.items():
+    for name in rules:
+        theirs = RULES[name][2]
         ours = run({"name": name, "peer": False, "shape": shape, "seed": options.seed})
         row = {"name": name, "seconds": ours["seconds"], "ratio": ours["ratio"]}
         if theirs and importlib.util.find_spec("byzfl"):

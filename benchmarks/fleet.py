@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     if options.quick:
-        options.idle, options.rounds = 4.0, 2
+        options.idle, options.rounds = 2.0, 2
     data = "digits" if options.quick else "mnist5k"
     work: list[dict[str, Any]] = []
     with ExitStack() as stack:

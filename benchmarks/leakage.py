@@ -80,7 +80,7 @@ def named(outcomes: Any) -> dict[str, Outcome]:
 def reconstruction(folder: Path, seed: int, quick: bool) -> tuple[list[dict[str, Any]], Any]:
     """Invert single updates by codec; return rows, and the closed form's curve over bits."""
     rows, curve = [], None
-    for codec in CODECS:
+    for codec in ("float", "2 bits") if quick else CODECS:
         place = folder / f"images {codec}"
         subject = subject_of(place, ("rounds=1", "clients=20", *COMMON), codec)
         options = Reconstruction(
@@ -118,7 +118,7 @@ def membership(folder: Path, seed: int, quick: bool) -> list[dict[str, Any]]:
     """Attack the overfitting recipe by codec."""
     data = noisy_digits(folder / "digits.npz", seed)
     rows = []
-    for codec in ("float", "8 bits", "4 bits"):
+    for codec in ("4 bits",) if quick else ("float", "8 bits", "4 bits"):
         overrides = ("data=npz", f"data.path={data}", f"rounds={1 if quick else 8}", *OVERFITTING)
         subject = subject_of(folder / f"members {codec}", overrides, codec)
         options = Membership(shadows=4 if quick else 12, checkpoints=0, observed=0)

@@ -148,7 +148,7 @@ def main() -> None:
     seeds, schemes = range(arguments.seed, arguments.seed + arguments.seeds), arguments.schemes
     extra: tuple[str, ...] = ()
     if arguments.quick:
-        seeds, extra = seeds[:1], ("rounds=2",)
+        seeds, extra = seeds[:1], ("rounds=1", "clients_per_round=2")
         schemes, arguments.tasks = ["float", "W8A8", "mixed 8, 4, 2"], ["images"]
     if "keywords" in arguments.tasks and arguments.words is None:
         options.error("keywords need --words FOLDER")

@@ -71,20 +71,22 @@ def main() -> None:
     if options.participants:
         print(json.dumps(participants(**json.loads(options.participants))))
         return
+    fleets = tuple(FLEETS)
     sizes, small, joining = SIZES, (10_000, 100_000), {"clients": 20_000, "cohort": 4_000}
     if options.quick:
         options.turns, options.rounds = 2, 1
         sizes, small, joining = (100, 3_000), (1_000,), {"clients": 60, "cohort": 20}
+        fleets = ("no fleet", "FedBuff")
 
     def one(case: tuple[str, int]) -> dict[str, Any]:
         name, clients = case
         run = partial(whole_run, name, clients, options.rounds, options.workers, options.seed)
         return _common.kept(options.work, f"{name} {clients}", run)
 
-    cases = [(name, clients) for name in FLEETS for clients in sizes]
+    cases = [(name, clients) for name in fleets for clients in sizes]
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = list(pool.map(one, cases))
-    slopes = {name: slope(runs, name) for name in FLEETS}
+    slopes = {name: slope(runs, name) for name in fleets}
     joined = _common.kept(options.work, "participants", partial(_separately, joining))
     federations = [COHORT, *small]
     turns = []

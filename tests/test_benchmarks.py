@@ -13,18 +13,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests import command
+
+RUN_S = 900
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
-
-
-def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / f"{name}.py", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def test_all_are_found() -> None:
@@ -35,8 +28,12 @@ def test_all_are_found() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_quick_run_writes_results(name: str, tmp_path: Path) -> None:
-    done = run(name, "--quick", "--out", tmp_path)
+def test_quick_run_writes_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    script = BENCHMARKS / f"{name}.py"
+    done = command.run("--quick", "--out", tmp_path, script=script, timeout=RUN_S)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((tmp_path / f"{name}.json").read_text())
     assert {"date", "machine", "versions"} <= set(figures)

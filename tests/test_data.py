@@ -62,6 +62,18 @@ def test_no_test_example_is_a_training_example(data) -> None:
     assert shared <= 1  # digits has one pair of equal images
 
 
+def test_digits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+
+    data, theirs = load(build("data", "digits")), load_digits()
+    _, test = stratified(theirs.target, 0.2, seed=0)
+    assert np.array_equal(data.x_test, np.rint(theirs.images[test] * (255 / 16)))
+    assert np.array_equal(data.y_test, theirs.target[test])
+    monkeypatch.setattr("fedq.data.digits.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install scikit-learn"):
+        build("data", "digits").load()
+
+
 def test_mnist5k_is_stratified_and_seeded() -> None:
     data = load(build("data", "mnist5k"))
     assert data.x_train.shape == (4000, 28, 28)

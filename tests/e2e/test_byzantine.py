@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.command import Command, run
 
 FEDERATION = (
     "data=digits",
@@ -25,15 +25,11 @@ FEDERATION = (
 ALIE = ("rounds=6", "attack=alie", "attack.z=12", "attack.fraction=0.3")
 
 
-def command(name: str, *overrides: str) -> list[str]:
-    options = (*FEDERATION, f"run_dir={name}", *overrides)
-    return [sys.executable, "-m", "fedq.cli", "simulate", *options]
+RUN_S = 300
 
 
 def simulate(cwd: Path, name: str, *overrides: str) -> dict[str, Any]:
-    done = subprocess.run(
-        command(name, *overrides), cwd=cwd, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = run("simulate", *FEDERATION, f"run_dir={name}", *overrides, cwd=cwd, timeout=RUN_S)
     assert done.returncode == 0, done.stderr
     summary: dict[str, Any] = json.loads((cwd / name / "summary.json").read_text())
     return summary
@@ -66,12 +62,8 @@ def test_an_attacked_run_is_the_same_for_any_number_of_workers_and_after_a_kill(
     two = simulate(tmp_path, "two", *options, "engine.workers=2")
     assert one["model_sha256"] == two["model_sha256"]
     assert one["rejected"] == two["rejected"]
-    process = subprocess.Popen(
-        command("cut", *options),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    process = Command(
+        "simulate", *FEDERATION, "run_dir=cut", *options, cwd=tmp_path, own_session=True
     )
     log = tmp_path / "cut" / "rounds.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 4:
@@ -79,14 +71,7 @@ def test_an_attacked_run_is_the_same_for_any_number_of_workers_and_after_a_kill(
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(
-        [sys.executable, "-m", "fedq.cli", "simulate", "resume=cut"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run("simulate", "resume=cut", cwd=tmp_path, timeout=RUN_S)
     assert done.returncode == 0, done.stderr
     resumed = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert resumed["model_sha256"] == one["model_sha256"]
@@ -104,14 +89,8 @@ def test_rules_with_a_trusted_update_train_on_the_server(tmp_path: Path, rule: s
 
 
 def test_too_few_clients_for_a_rule_are_refused_with_the_formula(tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("run", "rounds=4", "aggregator=bulyan", "aggregator.f=2"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    options = ("run_dir=run", "rounds=4", "aggregator=bulyan", "aggregator.f=2")
+    done = run("simulate", *FEDERATION, *options, cwd=tmp_path, timeout=RUN_S)
     assert done.returncode == 2
     assert "n >= 4 f + 3" in done.stderr
     assert "Traceback" not in done.stderr

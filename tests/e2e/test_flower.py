@@ -21,6 +21,7 @@ import pytest
 from fedq import build, node
 from fedq.data.base import load
 from fedq.errors import ConfigError
+from tests.command import run_new
 
 # isort: split
 from flwr.app import Context, RecordDict
@@ -48,9 +49,10 @@ def processes_with(variable: str) -> list[int]:
     return found
 
 
-@pytest.fixture
-def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A local SuperLink of this test's own, as ``flwr run`` would start it; its environment."""
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A local SuperLink of these tests' own, as ``flwr run`` would start it; its environment."""
+    tmp_path = tmp_path_factory.mktemp("superlink")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -124,8 +126,7 @@ def run_app(app: Path, environment: dict[str, str], run_config: str) -> str:
 
 def fedq_simulate(app: Path, *overrides: str) -> None:
     """Run ``fedq simulate`` with the app's own code: -m puts the working directory first."""
-    command = [sys.executable, "-m", "fedq.cli", "simulate", *overrides]
-    subprocess.run(command, cwd=app, check=True, timeout=RUN_S, capture_output=True)
+    run_new("simulate", *overrides, cwd=app, timeout=RUN_S).check_returncode()
 
 
 def summary(run: Path) -> dict[str, object]:

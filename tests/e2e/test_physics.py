@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.command import Command
 from tests.e2e.test_simulate import SMALL, fedq, rounds, simulate, summary
 
 ASYNCHRONOUS = (
@@ -54,10 +53,7 @@ def test_time_and_energy_are_in_the_run_directory(whole: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_model_time_and_energy(
     whole: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, *ASYNCHRONOUS, "run_dir=cut"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Command("simulate", *SMALL, *ASYNCHRONOUS, "run_dir=cut", cwd=tmp_path)
     lines = tmp_path / "cut" / "rounds.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 4):

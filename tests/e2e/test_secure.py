@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.command import Command
 from tests.e2e.test_simulate import SMALL as LONGER
 from tests.e2e.test_simulate import fails, fedq, rounds, simulate, summary
 
@@ -40,19 +39,15 @@ def test_masks_change_nothing(clear: dict[str, object], workers: int, tmp_path: 
 @pytest.mark.slow
 def test_ray_sums_the_same(clear: dict[str, object], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    ray = simulate(tmp_path, "run", SECAGG, "engine=ray", "engine.workers=2", "rounds=3")
+    options = ("engine=ray", "engine.workers=2", "rounds=3")
+    ray = simulate(tmp_path, "run", SECAGG, *options, new=True)
     assert ray["model_sha256"] == clear["model_sha256"]
 
 
 def test_killed_in_a_phase_and_resumed_is_equal_to_uninterrupted(
     clear: dict[str, object], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, SECAGG, "run_dir=cut"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = Command("simulate", *SMALL, SECAGG, "run_dir=cut", cwd=tmp_path)
     lines = tmp_path / "cut" / "rounds.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):

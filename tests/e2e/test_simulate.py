@@ -12,7 +12,7 @@ import sys
 import time
 import wave
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,9 @@ from fedq import ConfigError, build, config, simulation
 from fedq.data.base import load
 from fedq.results import RunDirectory, read_model
 from fedq.training import trainer_for
+from tests.command import Command, run, run_new
 
+RUN_S = 300
 SMALL = (
     "data=digits",
     "clients=12",
@@ -39,23 +41,18 @@ CONTRACT = (
 EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experiment").glob("*.yaml"))
 
 
-def fedq(*arguments: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "fedq.cli", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def fedq(
+    *arguments: object, cwd: Path, check: bool = True, new: bool = False
+) -> subprocess.CompletedProcess[str]:
+    done = (run_new if new else run)(*arguments, cwd=cwd, timeout=RUN_S)
     if check:
         assert done.returncode == 0, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     return done
 
 
-def simulate(cwd: Path, name: str, *overrides: object) -> dict[str, object]:
-    fedq("simulate", *SMALL, f"run_dir={name}", *overrides, cwd=cwd)
+def simulate(cwd: Path, name: str, *overrides: object, new: bool = False) -> dict[str, object]:
+    fedq("simulate", *SMALL, f"run_dir={name}", *overrides, cwd=cwd, new=new)
     return summary(cwd / name)
 
 
@@ -70,7 +67,7 @@ def rounds(run: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("reference")
-    simulate(directory, "run", "engine.workers=2")
+    simulate(directory, "run", "engine.workers=2", new=True)
     return directory / "run"
 
 
@@ -137,7 +134,7 @@ def test_a_ray_cluster_gives_the_same_model(reference: Path, tmp_path: Path) -> 
         assert cluster.stdout is not None
         try:
             address = next(line for line in cluster.stdout if ":" in line).strip()
-            again = simulate(tmp_path, "run", "engine=ray", f"engine.address={address}")
+            again = simulate(tmp_path, "run", "engine=ray", f"engine.address={address}", new=True)
         finally:
             cluster.stdin.close()
     assert again["model_sha256"] == summary(reference)["model_sha256"]
@@ -185,16 +182,7 @@ def test_killed_and_resumed_is_equal_to_uninterrupted(
 ) -> None:
     options = (f"codec={codec}", *LONG)
     whole = summary(uninterrupted(codec))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, *options, "run_dir=cut"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Tests that run in the background inherit that SIGINT is ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+    process = Command("simulate", *SMALL, *options, "run_dir=cut", cwd=tmp_path, own_session=True)
     lines = tmp_path / "cut" / "rounds.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 4):
@@ -321,10 +309,7 @@ def test_a_run_moves_and_resumes_from_another_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_service_manager_may_stop_it(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "fedq.cli", "simulate", *SMALL, "rounds=500", "run_dir=run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Command("simulate", *SMALL, "rounds=500", "run_dir=run", cwd=tmp_path)
     lines = tmp_path / "run" / "rounds.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):

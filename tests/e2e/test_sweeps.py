@@ -7,15 +7,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fedq import manifest
+from tests.command import Command, run
 
 SMALL = (
     *("data=digits", "model=mlp", "quantization=none", "clients=6", "clients_per_round=3"),
@@ -25,10 +24,7 @@ GRID = ("-m", *SMALL, "codec=sign,fp16", "seed=0,1")
 
 
 def fedq(*arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedq.cli", *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = run(*arguments, cwd=cwd, timeout=300)
     assert done.returncode == status, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     return done
@@ -84,12 +80,7 @@ def test_the_same_again_runs_nothing_and_more_adds_cells(whole: Path) -> None:
 
 def interrupted(cwd: Path, stop: signal.Signals, *arguments: str) -> str:
     """Start a sweep, stop it when some cell has ended a round, and return what it complained of."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedq.cli", "simulate", *arguments], cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Tests that run in the background inherit that SIGINT is ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = Command("simulate", *arguments, cwd=cwd, own_session=True)
     sweep = cwd / "sweep"
     wait_for(lambda: any(f.read_bytes().count(b"\n") > 2 for f in sweep.rglob("rounds.jsonl")))
     if stop == signal.SIGINT:
