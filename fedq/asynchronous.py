@@ -19,7 +19,6 @@ from fedq import records, registry
 from fedq.codecs.base import Codec
 from fedq.cohort import choose
 from fedq.engines.timed import Flight, TimedGrid, certain, nth_arrival
-from fedq.pacing.fedbuff import FedBuff
 from fedq.random import derive, generator
 
 # isort: split
@@ -107,8 +106,7 @@ class Steps:
     """The requests under way, and the replies of one step.
 
     Args:
-      strategy: Asks clients.
-      pacing: How many updates a step takes.
+      strategy: Says how many clients are at work.
       timed: The grid with its clock.
       current: The step; it begins with what was under way.
 
@@ -116,10 +114,8 @@ class Steps:
       air: What is under way.
     """
 
-    def __init__(
-        self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: ServerRound
-    ) -> None:
-        self._strategy, self._pacing, self._timed, self._current = strategy, pacing, timed, current
+    def __init__(self, strategy: FedQ, timed: TimedGrid, current: ServerRound) -> None:
+        self._strategy, self._timed, self._current = strategy, timed, current
         self.air: list[Flight | Waiting] = list(current.before.waiting)
         self._nodes = strategy.nodes(timed)
         self._asked: set[int] = set()
@@ -128,7 +124,7 @@ class Steps:
 
     def replies(self) -> Iterator[Message]:
         """Yield replies as they arrive, with errors in the place of lost ones, until it is time."""
-        lacking = wanted = self._pacing.buffer
+        lacking = wanted = self._current.expected
         self._refill()
         while lacking and (self.air or self._wait()):
             self._settle(lacking)
@@ -171,7 +167,7 @@ class Steps:
             return
         self._batches += 1
         self._asked.update(batch)
-        for message in strategy.ask(batch, current):
+        for message in current.requests.to(batch):
             flight = self._timed.depart(message, self._now_s)
             self.air.append(flight)
             if not flight.awaited:

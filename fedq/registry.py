@@ -44,7 +44,7 @@ GROUPS: dict[str, str] = {
     "privacy": "fedq.privacy",
     "pruning": "fedq.pruning",
     "quantization": "fedq.quantization",
-    "read_out": "fedq.distillation",
+    "read_out": "fedq.read_outs",
     "secure_aggregation": "fedq.secagg",
     "server_distillation": "fedq.distillation",
     "server_optimizer": "fedq.optimizers",

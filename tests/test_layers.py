@@ -15,7 +15,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing metrics physics pacing budgets topologies capacity pruning distillation",
+        "sealing metrics physics pacing budgets topologies capacity pruning distillation "
+        "read_outs",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
@@ -33,7 +34,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records cohort rounds strategy client engines asynchronous flower "
+        "records cohort rounds requests replies strategy client engines asynchronous flower "
         "secure_client secure_server",
         "torch hydra omegaconf ray matplotlib",
     ),
