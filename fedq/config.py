@@ -61,7 +61,7 @@ def conf_directory() -> Path:
 
 def choices(option: str) -> list[str]:
     """Return the names an option accepts: registered names and the presets in ``conf/``."""
-    registered = set(registry.available(CHOICES[option])) if option in CHOICES else set()
+    registered = set(registry.names(CHOICES[option])) if option in CHOICES else set()
     return sorted({*presets(option)} | registered)
 
 
