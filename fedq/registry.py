@@ -108,11 +108,15 @@ def names(group: str) -> list[str]:
     """
     if group not in _TABLES:
         raise unknown("group", group, _TABLES)
+    return sorted(_written(group) | _TABLES[group].keys())
+
+
+@cache
+def _written(group: str) -> frozenset[str]:
     path = Path(__file__).parent.joinpath(*GROUPS[group].split(".")[1:])
     files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     pattern = re.compile(rf'^@register\("{group}", "(\w+)"\)$', re.MULTILINE)
-    written = {name for file in files for name in pattern.findall(file.read_text("utf-8"))}
-    return sorted(written | _TABLES[group].keys())
+    return frozenset(name for file in files for name in pattern.findall(file.read_text("utf-8")))
 
 
 def lookup(group: str, name: object) -> type:
