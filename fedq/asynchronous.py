@@ -19,7 +19,6 @@ from fedq import records, registry
 from fedq.codecs.base import Codec
 from fedq.cohort import choose
 from fedq.engines.timed import Flight, TimedGrid, certain, nth_arrival
-from fedq.pacing.fedbuff import FedBuff
 from fedq.random import derive, generator
 
 # isort: split
@@ -103,12 +102,33 @@ class Waiting:
         return cls(meta["node"], meta["place"], asked, float(meta["end_s"]), code, content)
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A reply, or an error in its place, that a step takes.
+
+    Attributes:
+      node: Who sent it; a client may be in a buffer twice, with an update of an earlier step.
+      asked: What it answers.
+      slot: Its place in the buffer; one that is lost leaves its place to the next.
+      reply: What came.
+    """
+
+    node: int
+    asked: Asked
+    slot: int
+    reply: Message
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is an error."""
+        return bool(self.reply.has_error())
+
+
 class Steps:
     """The requests under way, and the replies of one step.
 
     Args:
-      strategy: Asks clients.
-      pacing: How many updates a step takes.
+      strategy: Says how many clients are at work.
       timed: The grid with its clock.
       current: The step; it begins with what was under way.
 
@@ -116,19 +136,25 @@ class Steps:
       air: What is under way.
     """
 
-    def __init__(
-        self, strategy: FedQ, pacing: FedBuff, timed: TimedGrid, current: ServerRound
-    ) -> None:
-        self._strategy, self._pacing, self._timed, self._current = strategy, pacing, timed, current
+    def __init__(self, strategy: FedQ, timed: TimedGrid, current: ServerRound) -> None:
+        self._strategy, self._timed, self._current = strategy, timed, current
         self.air: list[Flight | Waiting] = list(current.before.waiting)
         self._nodes = strategy.nodes(timed)
-        self._asked: set[int] = set()
+        self._asked: dict[int, Asked] = {}  # in this step
         self._batches = 0
         self._now_s = current.opened_s
 
     def replies(self) -> Iterator[Message]:
         """Yield replies as they arrive, with errors in the place of lost ones, until it is time."""
-        lacking = wanted = self._pacing.buffer
+        current = self._current
+        for arrival in self._timed.buffered(self._arrivals(), current.report.round):
+            current.asked[arrival.node] = arrival.asked
+            current.waiting[arrival.node] = arrival.slot
+            yield arrival.reply
+
+    def _arrivals(self) -> Iterator[Arrival]:
+        """Yield what arrives, and ask others meanwhile."""
+        lacking = wanted = self._current.expected
         self._refill()
         while lacking and (self.air or self._wait()):
             self._settle(lacking)
@@ -137,12 +163,10 @@ class Steps:
                 if flight.end_s > self._now_s or not lacking:
                     break
                 self.air.remove(flight)
-                if isinstance(flight, Waiting):
-                    self._current.asked[flight.node] = flight.asked
-                self._current.waiting[flight.node] = wanted - lacking
-                lacking -= flight.arrived
                 assert flight.reply is not None
-                yield flight.reply
+                slot = wanted - lacking
+                lacking -= flight.arrived
+                yield Arrival(flight.node, self._question(flight), slot, flight.reply)
             if lacking:
                 self._refill()
         self._run()
@@ -150,10 +174,14 @@ class Steps:
 
     def left(self) -> tuple[Waiting, ...]:
         """Return what is under way after the step."""
-        asked = self._current.asked
         return tuple(
-            f if isinstance(f, Waiting) else Waiting.of(f, asked[f.node]) for f in self.air
+            flight if isinstance(flight, Waiting) else Waiting.of(flight, self._question(flight))
+            for flight in self.air
         )
+
+    def _question(self, flight: Flight | Waiting) -> Asked:
+        """Return what a client answers: a flight is of this step."""
+        return flight.asked if isinstance(flight, Waiting) else self._asked[flight.node]
 
     def _refill(self) -> None:
         """Ask clients until enough of them are at work."""
@@ -170,8 +198,9 @@ class Steps:
         if not batch:
             return
         self._batches += 1
-        self._asked.update(batch)
-        for message in strategy.ask(batch, current):
+        requests = current.requests.to(batch)
+        self._asked |= {node: current.asked[node] for node in batch}
+        for message in requests:
             flight = self._timed.depart(message, self._now_s)
             self.air.append(flight)
             if not flight.awaited:
@@ -179,7 +208,7 @@ class Steps:
 
     def _busy(self) -> set[int]:
         """Return all nodes that may not be asked, wherever they are."""
-        return {flight.node for flight in self.air} | self._asked | self._current.watch.barred
+        return {flight.node for flight in self.air} | set(self._asked) | self._current.watch.barred
 
     def _wait(self) -> bool:
         """Let time pass until somebody can be asked; False if everybody has been."""

@@ -61,7 +61,7 @@ def conf_directory() -> Path:
 
 def choices(option: str) -> list[str]:
     """Return the names an option accepts: registered names and the presets in ``conf/``."""
-    registered = set(registry.available(CHOICES[option])) if option in CHOICES else set()
+    registered = set(registry.names(CHOICES[option])) if option in CHOICES else set()
     return sorted({*presets(option)} | registered)
 
 
@@ -127,11 +127,16 @@ def _quoted(text: str) -> str:
     return f"{key}='{escaped}'"
 
 
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(_quoted(text))
+            override = _parser().parse_override(_quoted(text))
         except (OverrideParseException, HydraException):
             raise ConfigError(f"cannot read '{text}'; write option=value") from None
         if override.is_delete() or override.is_add() or override.package is not None:
@@ -288,16 +293,21 @@ def baseline_of(experiment: Experiment, name: str = "float_baseline") -> Experim
 
     It prunes nothing, and its server distils nothing. None if that leaves it as it is.
     """
+    before = experiment.to_config()
+    after = before | _changes(name)
+    if all(after[key] == before[key] for key in CHOICES):
+        return None
+    return Experiment.from_config(after)
+
+
+@cache
+def _changes(name: str) -> dict[str, Any]:
+    """Return what a baseline has in place of an experiment's own options."""
     plain, named = compose_config([]), compose_config([f"experiment={name}"])
     changed = {key: value for key, value in named.items() if value != plain[key]}
     changed |= {"resume": None, "run_dir": None}
     # As by default: no compression, and no choice of bits, which the experiment may not have.
-    changed |= {key: plain[key] for key in (*COMPRESSION, "budget", "width_by")}
-    before = experiment.to_config()
-    after = before | changed
-    if all(after[key] == before[key] for key in CHOICES):
-        return None
-    return Experiment.from_config(after)
+    return changed | {key: plain[key] for key in (*COMPRESSION, "budget", "width_by")}
 
 
 def option(overrides: Sequence[str], name: str) -> Any:

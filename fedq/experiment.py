@@ -245,7 +245,7 @@ class Experiment:
             self._check_sums()
         if cohort := self._cohort():
             sums = self.secure_aggregation.integers and self.secure_aggregation.groups(cohort, 0)
-            self.aggregator.check(len(sums) if sums else cohort)
+            self.aggregator.check(len(sums) if sums else self.pacing.expected(cohort))
         _check(self.evaluate_every >= 1, "evaluate_every must be at least 1", self.evaluate_every)
 
     def _check_fleet(self) -> None:
@@ -268,10 +268,10 @@ class Experiment:
             self.pacing.name,
         )
         _check(
-            whole_cohort or self.attack.fraction == 0,
-            "attack sees a whole cohort: it needs pacing=synchronous without deadline and "
-            "over-selection",
-            self.pacing.name,
+            whole_cohort or self.pacing.asynchronous or self.attack.fraction == 0,
+            "attack sees a whole cohort or buffer: it needs pacing.deadline_s=null and "
+            "pacing.over_selection=1, or pacing=fedbuff",
+            registry.describe(self.pacing),
         )
         _check(
             not self.pacing.asynchronous

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedq import config, progress, registry, server, simulation
+from fedq import config, progress, server, simulation
 from fedq.client import Client, SimulatedSite, Site
-from fedq.data.base import load
+from fedq.data.base import load, of_node
 from fedq.downlink import models_kept
 from fedq.engines.stream import StreamGrid
 from fedq.errors import ConfigError
@@ -134,12 +134,7 @@ def _site(context: Context) -> Site:
     node: Mapping[str, Any] = context.node_config
     own = Path(str(node.get("state-dir", Path.home() / ".fedq"))) / _state_name(context)
     if "data" in node:
-        options = {
-            key.removeprefix("data-").replace("-", "_"): value
-            for key, value in node.items()
-            if key.startswith("data-")
-        }
-        return DeviceSite(registry.build("data", str(node["data"]), **options), own)
+        return DeviceSite(of_node(node), own)
     if "num-partitions" not in node:
         raise ConfigError(
             'this node has no data; start it with --node-config \'data="npz" data-path="FILE"\', '

@@ -8,11 +8,13 @@ module is pure Python: no Hydra, no Flower, no torch.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Literal, TypeVar, dataclass_transform
 
@@ -44,7 +46,7 @@ GROUPS: dict[str, str] = {
     "privacy": "fedq.privacy",
     "pruning": "fedq.pruning",
     "quantization": "fedq.quantization",
-    "read_out": "fedq.distillation",
+    "read_out": "fedq.read_outs",
     "secure_aggregation": "fedq.secagg",
     "server_distillation": "fedq.distillation",
     "server_optimizer": "fedq.optimizers",
@@ -96,6 +98,25 @@ def available(group: str) -> list[str]:
     True
     """
     return list(table(group))
+
+
+def names(group: str) -> list[str]:
+    """Return what :func:`available` does, as the group's files say it: nothing is imported.
+
+    >>> "resnet8" in names("model")
+    True
+    """
+    if group not in _TABLES:
+        raise unknown("group", group, _TABLES)
+    return sorted(_written(group) | _TABLES[group].keys())
+
+
+@cache
+def _written(group: str) -> frozenset[str]:
+    path = Path(__file__).parent.joinpath(*GROUPS[group].split(".")[1:])
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    pattern = re.compile(rf'^@register\("{group}", "(\w+)"\)$', re.MULTILINE)
+    return frozenset(name for file in files for name in pattern.findall(file.read_text("utf-8")))
 
 
 def lookup(group: str, name: object) -> type:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from fedq import wire
 from fedq.asynchronous import Asked, Steps, Waiting
 from fedq.budgets.base import History
 from fedq.capacity import Capacities
-from fedq.codecs.base import Codec
 from fedq.distillation import Member
 from fedq.downlink import Broadcasts, Downlink
 from fedq.engines.timed import TimedGrid
@@ -26,11 +25,14 @@ from fedq.layout import Vector
 from fedq.privacy.base import Contribution, Privacy, PrivacyState, Round
 from fedq.pruning.base import Support
 from fedq.random import SEED_BITS
-from fedq.topologies.tree import Edges
+from fedq.topologies.base import Hop
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
-from flwr.app import Message, RecordDict
+from flwr.app import Message
+
+if TYPE_CHECKING:
+    from fedq.requests import Requests
 
 #: Kept of why updates were lost.
 MAX_REASONS = 3
@@ -215,20 +217,15 @@ class ServerRound:
     capacities: Capacities  #: by place if there is a clock, else by node
     start: float
     support: Support | None = None  #: what of the model is trained
-    float32_bytes: int = 0  #: of an uncompressed request
     messages: list[Message] = field(default_factory=list)
+    requests: Requests = field(init=False)
     asked: dict[int, Asked] = field(default_factory=dict)  #: by node, last
-    models: dict[int | None, bytes] = field(default_factory=dict)  #: encoded, by base
-    contents: dict[tuple[int | None, Codec, str | None], RecordDict] = field(default_factory=dict)
     examples: dict[int, int] = field(default_factory=dict)  #: by node, of accepted updates
     #: By place, variant, delta and state of accepted updates, if they are still needed.
     members: dict[int, tuple[int, Vector, Vector]] = field(default_factory=dict)
     timing: TimedGrid | None = None
     steps: Steps | None = None
-    edges: Edges | None = None
-
-    def __post_init__(self) -> None:
-        self.models[None] = self.whole
+    hop: Hop | None = None  #: where updates go that do not reach the server as they are
 
     def ensemble(self) -> list[Member]:
         """Return the clients' models, in the order of the cohort."""

@@ -21,13 +21,14 @@ from fedq.layout import Vector
 from fedq.privacy._distributed import Distributed, encoder_of
 from fedq.privacy.base import Contribution
 from fedq.random import derive
+from fedq.replies import MAX_ABSOLUTE, Replies
 from fedq.rounds import ServerRound, ServerState
 from fedq.sealing import of_phase
 from fedq.secagg import AbortedError, Announcement, Codes, binding, run_name
 from fedq.secagg._grid import Aggregate, Integers
 from fedq.secagg._grid import Grid as IntegerGrid
 from fedq.secagg.base import Collector, OnGrid
-from fedq.strategy import MAX_ABSOLUTE, FedQ
+from fedq.strategy import FedQ
 
 # isort: split
 from flwr.app import Message, MessageType, RecordDict
@@ -143,7 +144,7 @@ class _Collection:
         """End a round that would not count before its sum is seen: a look has a price, too."""
         report = self.current.report
         left = sum(len(collector.survivors) for collector in self.groups.values())
-        needed = self.strategy._needed(report.sampled)
+        needed = self.strategy.needed(report.sampled)
         if left < needed:
             self.groups.clear()
             report.reject(
@@ -197,10 +198,10 @@ class _Collection:
                 )
                 for node, (collector, _) in asked.items()
             }
-        replies = self.grid.send_and_receive(current.messages, timeout=strategy.deadline_s)
-        for reply in replies:
+        opened = Replies(strategy, current)
+        for reply in self.grid.send_and_receive(current.messages, timeout=strategy.deadline_s):
             try:
-                node, _, message = strategy._read(reply, current)
+                node, _, message = opened.read(reply)
                 self._accept(phase, node, asked[node][0], message)
                 current.watch.note(node)
             except RejectedError as error:
@@ -248,7 +249,7 @@ class _Collection:
             nodes = (int(str(node)) for node in collector.survivors)
             self.accepted += [Contribution(numbers[node], 1) for node in nodes]
             report.replies += clients
-            report.float32_uplink_bytes += clients * strategy._float32_reply_bytes
+            report.float32_uplink_bytes += clients * strategy.float32_reply_bytes
         return sums
 
     def _decoded(self, sums: Sequence[Integers], clients: int) -> Aggregate:

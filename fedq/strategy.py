@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from logging import INFO, WARNING
 from threading import Lock
@@ -23,37 +23,37 @@ from numpy.typing import NDArray
 from fedq import records, registry, wire
 from fedq.aggregators.base import Aggregator, Stream
 from fedq.aggregators.mean import Mean
-from fedq.asynchronous import Asked, Steps
-from fedq.budgets.base import Budget, Candidate, bits_of
+from fedq.asynchronous import Steps
+from fedq.budgets.base import Budget, bits_of
 from fedq.budgets.fixed import Fixed
-from fedq.capacity import Capacities, Capacity
-from fedq.codecs.base import Codec, decode_frame
+from fedq.capacity import Capacities
+from fedq.codecs.base import Codec
 from fedq.codecs.identity import Identity
 from fedq.cohort import Nodes, choose
 from fedq.distillation import Member
 from fedq.downlink import Downlink
 from fedq.engines.timed import TimedGrid
-from fedq.errors import ConfigError, DecodeError, FedqError
+from fedq.errors import ConfigError, FedqError
 from fedq.guard import Guard, RejectedError
 from fedq.layout import Layout, Vector
 from fedq.merging import Merger
 from fedq.optimizers.base import ServerOptimizer
 from fedq.optimizers.sgd import SGD
 from fedq.pacing.base import Pacing
-from fedq.pacing.fedbuff import FedBuff
 from fedq.pacing.synchronous import Synchronous
 from fedq.physics.clock import Clock
 from fedq.privacy.base import Contribution, Privacy, Round
 from fedq.privacy.none import NoPrivacy
 from fedq.pruning.base import Pruning, Structure, Support
 from fedq.pruning.none import NoPruning
-from fedq.random import derive, generator, round_seed
+from fedq.random import derive, generator
+from fedq.replies import Replies
+from fedq.requests import Requests
 from fedq.rounds import Claims, Context, RoundReport, ServerRound, ServerState, Update
 from fedq.sealing import Sealing, of_request
 from fedq.threads import in_threads
 from fedq.topologies.base import Topology
 from fedq.topologies.star import Star
-from fedq.topologies.tree import Edges, Tree
 
 # isort: split
 # After fedq.records, which sets what Flower reads at import.
@@ -62,9 +62,7 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
-    MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -76,11 +74,6 @@ NO_DEVICES = (
 )
 #: A round without a quorum changes nothing; after this many in a row the run stops.
 PATIENCE = 3
-#: Beyond any sane loss; sums of such losses stay finite.
-MAX_LOSS = 1e30
-#: Far beyond any sane update, and within what the exact sum of the mean can hold.
-MAX_ABSOLUTE = 2.0**14
-_HEADS_BYTES = 4096  # more than heads, specifications and lengths of a reply
 
 
 class Refine(Protocol):
@@ -260,9 +253,9 @@ class FedQ(Strategy):
             grid = current.timing = self._timed(grid, current)
         if self.secure is not None:
             return self.secure.collect(self, grid, current), current.report
-        if isinstance(self.pacing, FedBuff):
+        if self.pacing.asynchronous:
             assert current.timing is not None
-            current.steps = Steps(self, self.pacing, current.timing, current)
+            current.steps = Steps(self, current.timing, current)
             return self._finish(current, current.steps.replies()), current.report
         replies = grid.send_and_receive(current.messages, timeout=self.deadline_s)
         return self._finish(current, replies), current.report
@@ -272,8 +265,9 @@ class FedQ(Strategy):
         report = RoundReport(before.round + 1)
         watch = self.guard.watch(before.guard, report.round, before.weights)
         opened_s, there = self._opening(grid, before)
-        steps = isinstance(self.pacing, FedBuff)  # which ask one by one, as replies arrive
-        nodes = [] if steps else self.sample(grid, report.round, watch.barred, there)
+        nodes: list[int] = []
+        if not self.pacing.asynchronous:  # which asks one by one, as replies arrive
+            nodes = self.sample(grid, report.round, watch.barred, there)
         report.quarantined = len(watch.barred)
         about = self._about(report.round, len(nodes))
         privacy = self.privacy.at(before.privacy)
@@ -303,26 +297,22 @@ class FedQ(Strategy):
             openers=openers,
             weights=weights,
             opened_s=opened_s,
-            expected=self.pacing.buffer if isinstance(self.pacing, FedBuff) else len(nodes),
+            expected=self.pacing.expected(len(nodes)),
             places=self.nodes(grid),
             capacities=self.capacities(),
             start=start,
             support=support,
         )
-        current.float32_bytes = len(self._blob(current, self._float32, self.codec))
-        current.messages = self.ask(nodes, current)
-        if isinstance(self.topology, Tree):
-            self._by_edge(self.topology, current)
+        current.requests = Requests(self, current)
+        current.messages = current.requests.to(nodes)
+        places, states = current.places, [self.state_layout.size] * len(self.variants)
+        sent = (
+            (places[m.metadata.dst_node_id], records.unpack(m.content)) for m in current.messages
+        )
+        current.hop = self.topology.hop(
+            self.layout, states, self.seed, report.round, sent, len(places)
+        )
         return current
-
-    def _by_edge(self, tree: Tree, current: ServerRound) -> None:
-        """Put the round's edges between its clients and the server."""
-        report, places = current.report, current.places
-        served = [tree.edge(places[node], len(places)) for node in current.asked]
-        requests = [records.unpack(message.content) for message in current.messages]
-        report.edge_downlink_bytes = tree.relayed(zip(served, requests, strict=True))
-        states = [self.state_layout.size] * len(self.variants)
-        current.edges = Edges(tree, self.layout, states, self.seed, report.round, served)
 
     def _support(self, context: Context, report: RoundReport) -> Support | None:
         """Return what of the model is trained: a function of the model as clients decode it."""
@@ -331,61 +321,6 @@ class FedQ(Strategy):
         support = self.pruning.support(self.layout, self.structure, context.model, report.round)
         report.sparsity = 0.0 if support is None else support.sparsity
         return support
-
-    def ask(self, nodes: Sequence[int], current: ServerRound) -> list[Message]:
-        """Return requests to nodes that are asked at the same time."""
-        cohort = [self._candidate(node, current) for node in nodes]
-        codecs = self.budget.codecs(self.codec, current.before.history, cohort, self.layout.size)
-        return [self._ask(node, codec, current) for node, codec in zip(nodes, codecs, strict=True)]
-
-    def _candidate(self, node: int, current: ServerRound) -> Candidate:
-        examples = current.before.history.examples.get(node)
-        uplink_mbps = self._capacity(node, current).uplink_mbps
-        return Candidate(examples, uplink_mbps, current.capacities.median.uplink_mbps)
-
-    def _capacity(self, node: int, current: ServerRound) -> Capacity:
-        return current.capacities[node if self.clock is None else current.places[node]]
-
-    def _width(self, node: int, current: ServerRound) -> str | None:
-        """Return the width that a node is asked to train in; None leaves that to the node."""
-        if self.width is None:
-            return None
-        speed, median = self._capacity(node, current).speed, current.capacities.median.speed
-        return self.variants[self.width(speed, median)]
-
-    def _ask(self, node: int, codec: Codec, current: ServerRound) -> Message:
-        """Return a node's request: the model whole, or as changes if those are shorter."""
-        report, base = current.report, self.downlink.base(node, current.before.broadcasts)
-        width = self._width(node, current)
-        if not self.budget.fixed:
-            report.count("codecs", registry.describe(codec))
-        if width is not None:
-            report.count("widths", width)
-        content, whole = (self._content(current, b, codec, width) for b in (base, None))
-        if len(records.unpack(content)) > len(records.unpack(whole)):
-            content = whole
-        elif self.uplink_context and base is not None:
-            current.context.offered[node] = base
-        current.asked[node] = Asked(report.round, codec)
-        report.sampled += 1
-        report.downlink_bytes += len(records.unpack(content))
-        report.float32_downlink_bytes += current.float32_bytes
-        return Message(content, node, MessageType.TRAIN, group_id=str(report.round))
-
-    def _content(
-        self, current: ServerRound, base: int | None, codec: Codec, width: str | None
-    ) -> RecordDict:
-        """Return a request's content: made once for all clients that have the same."""
-        if base not in current.models:
-            before, seed = current.before, derive(self.seed, current.report.round, "downlink")
-            assert base is not None
-            changes = self.downlink.changes(current.weights, seed, before.broadcasts, base)
-            current.models[base] = changes
-        key = base, codec, width
-        if key not in current.contents:
-            blob = self._blob(current, current.models[base], codec, base, width)
-            current.contents[key] = records.pack(blob)
-        return current.contents[key]
 
     def _opening(
         self, grid: Grid, before: ServerState
@@ -404,19 +339,14 @@ class FedQ(Strategy):
 
     def _timed(self, grid: Grid, current: ServerRound) -> TimedGrid:
         assert self.clock is not None
-        deadline_s, first = None, None
-        if isinstance(self.pacing, Synchronous):
-            deadline_s = self.pacing.deadline_s
-            if self.pacing.over_selection > 1:
-                first = min(self.cohort(len(current.places)), len(current.messages))
         return TimedGrid(
             grid,
             self.clock,
             current.places,
             current.report.round,
             current.opened_s,
-            deadline_s=deadline_s,
-            first=first,
+            deadline_s=self.pacing.deadline_s,
+            first=self.pacing.first(self.cohort(len(current.places)), len(current.messages)),
         )
 
     def _about(self, server_round: int, sampled: int) -> Round:
@@ -427,7 +357,8 @@ class FedQ(Strategy):
         connected = self.nodes(grid)
         return Claims({n: c for n, c in before.clients.items() if n in connected})
 
-    def _needed(self, sampled: int) -> int:
+    def needed(self, sampled: int) -> int:
+        """Return how many of so many updates a round must have to count."""
         return max(1, int(np.ceil(self.quorum * sampled)))
 
     def sample(
@@ -447,9 +378,7 @@ class FedQ(Strategy):
         free = len(nodes) - sum(node in nodes for node in barred)
         if not free:
             raise FedqError("all connected clients are in quarantine; see rounds.jsonl for why")
-        count = self.cohort(free)
-        if isinstance(self.pacing, Synchronous):
-            count = self.pacing.asked(count, of=free)
+        count = self.pacing.asked(self.cohort(free), of=free)
         rng = generator(derive(self.seed, server_round, "sample"))
         return choose(nodes, count, rng, barred, there)
 
@@ -469,6 +398,18 @@ class FedQ(Strategy):
         wanted = self.clients_per_round
         return min(wanted, clients) if isinstance(wanted, int) else max(1, round(wanted * clients))
 
+    @cached_property
+    def float32(self) -> bytes:
+        """The payload of an uncompressed vector of weights: the yardstick, a real one too."""
+        return Identity().encode(np.zeros(self.layout.size, np.float32), self.layout)
+
+    @cached_property
+    def float32_reply_bytes(self) -> int:
+        """Bytes of a reply with an uncompressed update."""
+        state = Identity().encode(np.zeros(self.state_layout.size, np.float32), self.state_layout)
+        metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
+        return len(wire.seal(wire.Envelope(metadata, [self.float32, state])))
+
     def request(self, before: ServerState) -> dict[str, Any]:
         """Return what every client of a round is told beside the model."""
         pruning = {"pruning": registry.to_config(self.pruning)} if self.pruning.active else {}
@@ -481,38 +422,17 @@ class FedQ(Strategy):
             "codec": registry.to_config(self.codec),
         }
 
-    def _blob(
-        self,
-        current: ServerRound,
-        model: bytes,
-        codec: Codec,
-        base: int | None = None,
-        width: str | None = None,
-    ) -> bytes:
-        metadata = dict(current.request)
-        if codec is not self.codec:
-            metadata["codec"] = registry.to_config(codec)
-        if width is not None:
-            metadata["width"] = width
-        if self.downlink.history:
-            metadata["keep"] = True
-        if base is not None:
-            metadata["base"] = base
-            if self.uplink_context:
-                metadata["context"] = True
-        state = Identity().encode(current.before.state, self.states_layout)
-        return wire.seal(wire.Envelope(metadata, [model, state]))
-
     def _finish(self, current: ServerRound, replies: Iterable[Message]) -> ServerState:
         report, privacy = current.report, current.privacy
         deltas, states = self.streams(current, current.expected)
+        opened = Replies(self, current)
         losses: list[tuple[float, float]] = []
         accepted: list[Contribution] = []
         lock = Lock()
 
         def add(update: Update) -> tuple[Update, RejectedError | None]:
             try:
-                delta, state = self._decode(update, current)
+                delta, state = opened.decode(update)
                 if not privacy.uniform:  # a limit that others move would undo a client's bound
                     delta = current.watch.admit(delta, state)
                 if update.discount != 1:
@@ -528,7 +448,7 @@ class FedQ(Strategy):
                 states[update.variant].add(state, weight, update.slot)
             return update, None
 
-        for update, error in in_threads(add, self._opened(replies, current), self.threads):
+        for update, error in in_threads(add, opened.updates(replies), self.threads):
             current.watch.note(update.node, None if error is None else error.kind)
             if error is not None:
                 report.reject(error.kind, str(error))
@@ -536,7 +456,7 @@ class FedQ(Strategy):
             report.replies += 1
             accepted.append(update.source)
             current.examples[update.node] = update.source.examples
-            report.float32_uplink_bytes += self._float32_reply_bytes
+            report.float32_uplink_bytes += self.float32_reply_bytes
             if update.loss is not None:
                 losses.append((update.loss, update.weight))
         if current.waiting:
@@ -545,8 +465,8 @@ class FedQ(Strategy):
 
     def streams(self, current: ServerRound, capacity: int) -> tuple[Stream, list[Stream]]:
         """Return where up to ``capacity`` updates go: deltas, and states of each variant."""
-        if current.edges is not None:
-            return current.edges.delta, list(current.edges.states)
+        if current.hop is not None:
+            return current.hop.delta, list(current.hop.states)
         reference = None
         if self.aggregator.trusted_examples and self.trusted is not None:
             reference = self.trusted(current.before)
@@ -571,10 +491,11 @@ class FedQ(Strategy):
         if losses:  # fsum is exact: the order of replies does not matter
             total = math.fsum(weight for _, weight in losses)
             report.train_loss = math.fsum(loss * weight for loss, weight in losses) / total
-        if current.edges is not None:
-            current.edges.forward()
-            report.edge_uplink_bytes = current.edges.uplink_bytes
-            report.edge_nmse = current.edges.nmse
+        if current.hop is not None:
+            current.hop.forward()
+            report.edge_downlink_bytes = current.hop.downlink_bytes
+            report.edge_uplink_bytes = current.hop.uplink_bytes
+            report.edge_nmse = current.hop.nmse
         after = self._step(current, deltas, states, accepted)
         after = dataclasses.replace(
             after, clients=current.claims.clients, guard=current.watch.after()
@@ -604,7 +525,7 @@ class FedQ(Strategy):
         report.seconds = time.perf_counter() - current.start
         if after.failures >= PATIENCE:
             why = report.reasons[0] if report.reasons else "no reply before the deadline"
-            needed = self._needed(current.expected)
+            needed = self.needed(current.expected)
             raise FedqError(
                 f"{PATIENCE} rounds in a row had fewer than {needed} usable updates of "
                 f"{current.expected}; in the last one: {why}"
@@ -620,7 +541,7 @@ class FedQ(Strategy):
     ) -> ServerState:
         before, report = current.before, current.report
         same = dataclasses.replace(before, round=report.round, failures=before.failures + 1)
-        if report.replies < self._needed(current.expected):
+        if report.replies < self.needed(current.expected):
             report.skipped = True
             report.privacy = self.privacy.report(before.privacy)
             return same
@@ -674,151 +595,6 @@ class FedQ(Strategy):
         metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
         return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
 
-    def _most_reply_bytes(self, codec: Codec) -> int:
-        """Return more than any reply is long; what is no codec's has its own exact length."""
-        if self.privacy.integers or self.secure is not None:
-            codec = Identity()
-        body = 2 * codec.max_body_bytes(self.layout)
-        values = np.zeros(self.state_layout.size, np.float32)
-        state = len(Identity().encode(values, self.state_layout))
-        return body + state + wire.MAX_METADATA_BYTES + _HEADS_BYTES
-
-    def _opened(self, replies: Iterable[Message], current: ServerRound) -> Iterator[Update]:
-        """Yield the updates that are worth decoding."""
-        for reply in replies:
-            try:
-                yield self._open(reply, current)
-            except RejectedError as error:
-                current.watch.note(reply.metadata.src_node_id, error.kind)
-                current.report.reject(error.kind, str(error))
-
-    def _open(self, reply: Message, current: ServerRound) -> Update:
-        """Check one reply; whatever makes it unusable is a RejectedError."""
-        node, slot, message = self._read(reply, current)
-        try:
-            return self._update(node, slot, message, current)
-        except DecodeError as error:
-            raise RejectedError("malformed", str(error)) from None
-
-    def _read(self, reply: Message, current: ServerRound) -> tuple[int, int, wire.Envelope]:
-        """Return who replied, its place in the cohort and what it said in this round."""
-        report = current.report
-        if reply.has_error():
-            current.answer(reply)
-            kind = records.KINDS.get(reply.error.code, "error")
-            raise RejectedError(kind, str(reply.error.reason))
-        try:
-            blob = records.unpack(reply.content)
-        except DecodeError as error:
-            current.answer(reply)
-            raise RejectedError("malformed", str(error)) from None
-        report.received += 1
-        report.uplink_bytes += len(blob)
-        node, slot = current.answer(reply)
-        if slot is None:
-            raise RejectedError("unexpected", f"node {node} was not asked, or answered twice")
-        asked = current.asked[node]
-        if len(blob) > (most := self._most_reply_bytes(asked.codec)):
-            raise RejectedError("malformed", f"{len(blob)} bytes; a reply has at most {most}")
-        try:
-            sealer = None
-            if current.openers is not None:
-                sealer, blob = current.openers[node].open(blob, len(blob))
-            message = wire.unseal(blob)
-            metadata = message.metadata
-            if sealer is not None and metadata.get("client", sealer) != sealer:
-                raise DecodeError(f"client {sealer} seals as client {metadata.get('client')}")
-            if metadata.get("round") != asked.round:
-                raise RejectedError("stale", f"update of round {metadata.get('round')!r}")
-            self._note_base(node, metadata, current)
-            return node, slot, message
-        except DecodeError as error:
-            raise RejectedError("malformed", str(error)) from None
-
-    def _note_base(self, node: int, metadata: Mapping[str, Any], current: ServerRound) -> None:
-        kept = metadata.get("kept")
-        if kept is True:
-            current.held[node] = current.asked[node].round
-        elif kept is False:
-            if current.held.pop(node, None) is None:
-                current.strangers.add(node)
-            raise RejectedError("no base", str(metadata.get("dropped")))
-
-    def _update(self, node: int, slot: int, message: wire.Envelope, current: ServerRound) -> Update:
-        metadata = message.metadata
-        if "dropped" in metadata:
-            raise RejectedError("dropped", str(metadata["dropped"]))
-        examples, loss = metadata.get("examples"), metadata.get("loss")
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-            raise DecodeError(f"claims {examples!r} examples")
-        number = isinstance(loss, int | float) and not isinstance(loss, bool)
-        if loss is not None and not (number and abs(loss) <= MAX_LOSS):
-            raise DecodeError("claims a loss that is no sane number")
-        if len(message.parts) != 2:
-            raise DecodeError(f"{len(message.parts)} parts instead of 2")
-        within = metadata.get("within")
-        if current.privacy.asks_within != isinstance(within, bool):
-            raise DecodeError(f"says {within!r} of its clipping")
-        beside = current.context.claim(node, metadata.get("context"))
-        if beside is not None and current.support is not None:
-            beside = current.support.gather(beside)
-        delta: wire.Frame | bytes | memoryview = message.parts[0]
-        if current.privacy.integers:
-            client = current.claims.claim(node, metadata.get("client"))
-        else:
-            delta, client = self._frame(node, message, beside, current)
-        if self.weighting == "registered":
-            examples = current.watch.registered(client, examples)
-        weight = 1.0 if self.weighting == "uniform" else float(min(examples, self.max_examples))
-        loss = None if loss is None or current.privacy.unit else float(loss)
-        source = Contribution(client, examples, within)
-        variant = metadata.get("variant", 0)
-        if type(variant) is not int or not 0 <= variant < len(self.variants):
-            raise DecodeError(f"claims to be of variant {variant!r}")
-        discount = 1.0
-        if isinstance(self.pacing, FedBuff):
-            discount = self.pacing.discount(current.report.round - current.asked[node].round)
-        return Update(
-            node, slot, delta, message.parts[1], weight, loss, source, beside, variant, discount
-        )
-
-    def _frame(
-        self, node: int, message: wire.Envelope, beside: Vector | None, current: ServerRound
-    ) -> tuple[wire.Frame, int]:
-        """Return a codec's frame, and the number of the client whose seed it has."""
-        layout, asked = self.layout, current.asked[node]
-        if current.support is not None:
-            layout = current.support.layout
-        frame = wire.open_frame(message.parts[0], layout, beside)
-        if frame.codec != asked.codec:  # another width could be longer than float32
-            raise DecodeError(f"encoded by {frame.codec} where {asked.codec} was asked for")
-        client = current.claims.claim(node, message.metadata.get("client"))
-        if frame.seed != asked.codec.client_seed(round_seed(self.seed, asked.round), client):
-            raise RejectedError("seed", f"not the one of client {client} in this round")
-        return frame, client
-
-    def _decode(self, update: Update, current: ServerRound) -> tuple[NDArray[Any], Vector]:
-        """Return an update's delta (or integers) and state; safe in several threads."""
-        privacy = current.privacy
-        delta: NDArray[Any]
-        try:
-            if isinstance(update.delta, wire.Frame):
-                delta = privacy.received(self._decoded(update.delta, update.beside, current))
-            else:
-                delta = privacy.unpack(update.delta, current.about)
-            state = Identity().decode(update.state, self.state_layout)
-        except DecodeError as error:
-            raise RejectedError("malformed", str(error)) from None
-        for values in (state,) if privacy.integers else (delta, state):
-            if values.size and max(values.max(), -values.min()) >= MAX_ABSOLUTE:
-                raise RejectedError("out of range", f"a coordinate exceeds {MAX_ABSOLUTE}")
-        return delta, state
-
-    def _decoded(self, frame: wire.Frame, beside: Vector | None, current: ServerRound) -> Vector:
-        if (support := current.support) is None:
-            return decode_frame(frame, self.layout, beside)
-        return support.scatter(decode_frame(frame, support.layout, beside))
-
     # --- a privacy budget --------------------------------------------------------------------
 
     def calibrated(self, grid: Grid, state: ServerState, rounds: int) -> ServerState:
@@ -828,7 +604,7 @@ class FedQ(Strategy):
         asked = Counter(node for r in range(1, rounds + 1) for node in self.sample(grid, r))
         cohort = len(self.sample(grid, 1))
         private = self.privacy.calibrated(
-            state.privacy, max(asked.values()), self._needed(cohort), self._about(1, cohort)
+            state.privacy, max(asked.values()), self.needed(cohort), self._about(1, cohort)
         )
         return dataclasses.replace(state, privacy=private)
 
@@ -840,7 +616,7 @@ class FedQ(Strategy):
         return self.privacy.at(state.privacy).exhausted(
             state.privacy,
             [state.clients.get(node) for node in nodes],
-            self._needed(len(nodes)),
+            self.needed(len(nodes)),
             self._about(state.round + 1, len(nodes)),
         )
 

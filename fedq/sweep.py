@@ -10,9 +10,10 @@
 There is no file of the sweep as a whole: its cells are the directories with a manifest. A cell is
 found again by its configuration, so that the same sweep goes on, and a larger one grows.
 
-Cells run in processes forked from one that has imported everything and done nothing: a cell starts
-in milliseconds. Cells times workers never exceed the cores. As results do not depend on workers,
-many cells with one worker each are the fastest way through a grid.
+Cells run in processes forked from one that has imported everything, and has loaded the kernels of
+their codecs and the data that they share: a cell starts in milliseconds. Cells times workers never
+exceed the cores. As results do not depend on workers, many cells with one worker each are the
+fastest way through a grid.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from fedq import config, manifest, progress, simulation
+from fedq.data.base import load
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
+from fedq.layout import Layout
 from fedq.results import holds_run, locked
 from fedq.server import Observer
 from fedq.threads import usable_cores
@@ -298,7 +303,7 @@ def run(
                 ended.append(Ended(cell, outcome.summary))
                 display.ended(ended[-1])
         division = share([cell.experiment for cell in todo], jobs, usable_cores())
-        manifest.provenance()  # once, not in every cell
+        _prepare([cell.experiment for cell in todo])
         running: list[_Running] = []
         try:
             while todo or running:
@@ -312,6 +317,20 @@ def run(
         finally:
             _stop(running)
     return ended
+
+
+def _prepare(experiments: Sequence[Experiment]) -> None:
+    """Do once what each cell would do for itself; what fails here is for the cell to report."""
+    manifest.provenance()
+    data = {experiment.data for experiment in experiments}
+    with contextlib.suppress(FedqError):
+        if len(data) == 1:  # several would stay in memory for as long as the sweep lasts
+            load(data.pop())
+    layout = Layout.flat(64)
+    for codec in {codec for one in experiments for codec in (one.codec, one.downlink)}:
+        # The first kernel takes a second: Numba sets itself up, and compiles what is not on disk.
+        with contextlib.suppress(FedqError):
+            codec.decode(codec.encode(np.ones(64, np.float32), layout, 0), layout)
 
 
 @dataclass

@@ -55,7 +55,20 @@ EXPERIMENTS = sorted(path.stem for path in (config.conf_directory() / "experimen
         (["pacing=fedbuff"], "counts simulated time: choose a fleet"),
         (["pacing.deadline_s=3"], "counts simulated time: choose a fleet"),
         (["fleet=pi_shelf", "pacing=fedbuff", "sealed=true"], "needs sealed=false"),
-        (["fleet=pi_shelf", "pacing=fedbuff", "attack=alie"], "attack sees a whole cohort"),
+        (
+            ["fleet=pi_shelf", "pacing.over_selection=1.3", "attack=alie"],
+            "a whole cohort or buffer",
+        ),
+        (
+            [
+                "fleet=pi_shelf",
+                "pacing=fedbuff",
+                "pacing.buffer=4",
+                "aggregator=krum",
+                "aggregator.f=1",
+            ],
+            "n >= 2 f + 3 updates, and has n = 4",
+        ),
         (["fleet=mixed_iot", "privacy=gaussian", "privacy.noise_multiplier=1"], "must be always"),
         (["width_by=speed"], "chooses among quantization.widths"),
         (["budget=dadaquant", "codec=sign"], "needs a codec with bits or levels"),

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from fedq import config
-from fedq.distillation import Distilled, FedDF, Member
+from fedq.distillation import Member
+from fedq.distillation.feddf import FedDF
 from fedq.errors import ConfigError
 from fedq.export._source import source
+from fedq.read_outs.distilled import Distilled
 from fedq.results import read_config, read_model
 from fedq.simulation import run_experiment
 from fedq.training import Trainer

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedq import Layout, build, registry
+from fedq import Layout, build, config, registry, simulation
 from fedq.asynchronous import Waiting
+from fedq.attacks.alie import Alie
+from fedq.attacks.base import Attack, View
 from fedq.client import Task
 from fedq.codecs.identity import Identity
+from fedq.engines.adversary import Adversary
 from fedq.errors import ConfigError
 from fedq.guard import Guard
 from fedq.layout import Vector
@@ -159,6 +162,25 @@ ROUGH = registry.from_config(
 )
 
 
+def attacked(
+    attack: Attack,
+    steps: int,
+    order: Callable[[list[Message]], list[Message]] = list,
+    buffer: int = 4,
+    **options: object,
+) -> tuple[ServerState, list[RoundReport], list[int]]:
+    """Run under attack; return what came of it, and how many attackers each buffer had."""
+    fedq = make(build("pacing", "fedbuff", buffer=buffer), ROUGH, quorum=0.1, **options)
+    inner = InlineGrid(pull, CLIENTS, order)
+    grid = Adversary(inner, attack, LAYOUT, fedq.codec, 0, asynchronous=True)
+    state, reports, found = fedq.initial(np.zeros(LAYOUT.size, np.float32)), [], []
+    for _ in range(steps):
+        state, report = fedq.run_round(grid, state)
+        reports.append(report)
+        found.append(grid.asked)
+    return state, reports, found
+
+
 def facts(report: RoundReport) -> tuple[object, ...]:
     return (
         report.simulated_seconds,
@@ -298,3 +320,69 @@ def test_a_reply_under_way_is_not_passed_over_for_want_of_others(tmp_path: Path)
 def test_impossible_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"pacing\."):
         build("pacing", "fedbuff", **options)
+
+
+# --- under attack --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alie", "gaussian", "stale_base", "wrong_seed"])
+def test_an_attack_on_buffers_is_the_same_in_any_order_of_work(name: str) -> None:
+    attack = build("attack", name, fraction=0.3)
+    codec = build("codec", "uniform", bits=6, rounding="dithered")
+    one, reports, found = attacked(attack, 8, codec=codec)
+    other, again, _ = attacked(attack, 8, lambda messages: messages[::-1], codec=codec)
+    assert one.weights.tobytes() == other.weights.tobytes()
+    assert [*map(facts, reports)] == [*map(facts, again)]
+    assert (one.now_s, one.waiting) == (other.now_s, other.waiting)
+    honest, _, _ = attacked(build("attack", "none"), 8, codec=codec)
+    assert one.weights.tobytes() != honest.weights.tobytes()
+    kinds = {kind for report in reports for kind in report.rejected}
+    assert ("seed" in kinds) == (name == "wrong_seed")
+    assert not kinds & {"stale", "malformed", "unexpected"}
+    assert 0 < sum(found) < sum(report.received for report in reports)
+
+
+def test_attackers_see_the_buffer_that_they_are_in() -> None:
+    seen: list[tuple[int, list[int], list[int]]] = []
+
+    class Watching(Alie):
+        def forge(self, view: View) -> list[bytes]:
+            rounds = [reply.message.metadata["round"] for reply in (*view.own, *view.others)]
+            seen.append((view.round, [reply.client for reply in view.own], rounds))
+            return super().forge(view)
+
+    attack = Watching(fraction=0.3)
+    _, reports, found = attacked(attack, 8)
+    hostile = attack.hostile(CLIENTS, 0)
+    replies = {report.round: report.received for report in reports}
+    assert all(len(rounds) == replies[step] for step, _, rounds in seen)
+    assert all(set(own) <= set(hostile) for _, own, _ in seen)
+    assert sum(len(own) for _, own, _ in seen) == sum(found)
+    assert any(min(rounds) < step for step, _, rounds in seen)  # updates of different ages
+
+
+def test_an_attack_on_bytes_changes_no_time_and_a_robust_rule_stands() -> None:
+    """What hostile clients send takes the time of the honest replies in its place."""
+    honest, reports, _ = attacked(build("attack", "none"), 8, buffer=5)
+    attack = build("attack", "sign_flip", fraction=0.2, scale=20.0)
+    loose = Guard(norm_limit=None, peak_limit=None)
+    fallen, others, _ = attacked(attack, 8, buffer=5, guard=loose)
+    median = build("aggregator", "median")
+    robust, _, _ = attacked(attack, 8, buffer=5, guard=loose, aggregator=median)
+    assert fallen.now_s == honest.now_s == robust.now_s
+    assert [report.joules for report in others] == [report.joules for report in reports]
+    lost = [np.abs(state.weights - honest.weights).mean() for state in (fallen, robust)]
+    assert lost[1] < lost[0] / 4
+
+
+def test_a_run_under_attack_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    small = ["data=digits", "clients=9", "clients_per_round=5", "local_epochs=1", "rounds=3"]
+    small += ["baseline=false", "model=mlp", "model.hidden=[8]", "fleet=mixed_iot"]
+    small += ["pacing=fedbuff", "pacing.buffer=3", "attack=min_max", "attack.fraction=0.4"]
+    digests = []
+    for workers in (1, 2):
+        more = [f"engine.workers={workers}", f"run_dir={tmp_path / str(workers)}"]
+        (done,) = simulation.simulate(config.load([*small, *more]))
+        assert done.summary["attackers"] > 0
+        digests.append(done.summary["model_sha256"])
+    assert digests[0] == digests[1]

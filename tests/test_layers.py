@@ -15,7 +15,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "core": (
         "errors registry training_config layout random wire codecs feedback aggregators optimizers "
         "downlink merging state experiment jit threads guard attacks privacy keys secagg envelope "
-        "sealing metrics physics pacing budgets topologies capacity pruning distillation",
+        "sealing metrics physics pacing budgets topologies capacity pruning distillation "
+        "read_outs",
         "torch flwr hydra omegaconf ray rich matplotlib sklearn mlxtend safetensors",
     ),
     "files": (
@@ -33,7 +34,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "configuration": ("config", "torch flwr ray rich matplotlib"),
     "protocol": (
-        "records cohort rounds strategy client engines asynchronous flower "
+        "records cohort rounds requests replies strategy client engines asynchronous flower "
         "secure_client secure_server",
         "torch hydra omegaconf ray matplotlib",
     ),
@@ -69,3 +70,20 @@ def test_a_layer_imports_nothing_above_it(layer: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     brought = set(done.stdout.split()) & set(forbidden.split())
     assert not brought
+
+
+_HELP = """
+import contextlib, io, sys
+from fedq.cli import main
+for command in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(command.split())
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    commands = ["--help", "simulate --help", "report --help", "fleet --help"]
+    command = [sys.executable, "-c", _HELP, *commands]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "flwr", "ray", "matplotlib", "sklearn"}

@@ -24,6 +24,11 @@ def test_groups_hold_frozen_keyword_only_dataclasses(group):
     assert available(group) == sorted(available(group))
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_names_are_read_without_imports(group):
+    assert registry.names(group) == registry.available(group)
+
+
 def test_every_public_codec_module_registers_a_codec():
     package = import_module(GROUPS["codec"])
     modules = {module.name for module in iter_modules(package.__path__)}

@@ -68,7 +68,8 @@ class View:
     """What colluding attackers know in a round: everything.
 
     Attributes:
-      round: The round.
+      round: The round, or the step of a server without rounds; then the updates are those of the
+        buffer, each trained from the model that its client was sent.
       layout: Names and shapes of the delta.
       codec: How updates are encoded.
       own: What the attackers would have sent, by client number.

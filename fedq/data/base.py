@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedq import random
+from fedq import random, registry
 from fedq.errors import ConfigError
 
 Array = NDArray[Any]
@@ -241,6 +241,21 @@ def load(data: Data) -> Dataset:
     True
     """
     return data.load()
+
+
+def of_node(node: Mapping[str, Any]) -> Data:
+    """Return the data set that a device's own configuration names: ``data``, ``data-OPTION``.
+
+    >>> of_node({"data": "npz", "data-path": "own.npz", "partition-id": 3}).path
+    'own.npz'
+    """
+    options = {
+        key.removeprefix("data-").replace("-", "_"): value
+        for key, value in node.items()
+        if key.startswith("data-")
+    }
+    data: Data = registry.build("data", str(node["data"]), **options)
+    return data
 
 
 def stratified(y: Array, test_fraction: float, seed: int) -> tuple[Labels, Labels]:

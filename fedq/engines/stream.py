@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from fedq.records import UNREADABLE
 
@@ -18,6 +19,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
 from flwr.supercore.run import Run
+
+if TYPE_CHECKING:
+    from fedq.asynchronous import Arrival
 
 POLL_S = 0.1
 #: What Flower raises while it builds a peer's records, and no connection raises.
@@ -61,6 +65,11 @@ class WrappedGrid(Grid):
     ) -> Message:
         """Return a new message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def buffered(self, arrivals: Iterator[Arrival], step: int) -> Iterator[Arrival]:
+        """Return what the server finds in the buffer of one step, in the same order."""
+        inner = self._grid
+        return inner.buffered(arrivals, step) if isinstance(inner, WrappedGrid) else arrivals
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes of the wrapped grid."""

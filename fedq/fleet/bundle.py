@@ -70,6 +70,8 @@ def join(
         raise ConfigError(f"{archive} is damaged; copy it from the server again") from None
     root = root.resolve()
     settings: dict[str, Any] = {"root": root, "name": name, "server": server}
+    if (path := node.get("data-path")) is not None:  # the service starts in another folder
+        node = {**node, "data-path": str(Path(str(path)).expanduser().absolute())}
     if (root / DEVICE).exists():  # a new key for a device that was here
         device = replace(Device.open(root), **settings)
         device = replace(device, node={**device.node, **node})

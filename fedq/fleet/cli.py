@@ -10,12 +10,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedq.errors import ConfigError, FedqError
 
 if TYPE_CHECKING:
+    from fedq.doctor import Check
     from fedq.fleet.files import Fleet
 
 FAILURE = 1
@@ -399,6 +401,7 @@ def _deploy(options: argparse.Namespace) -> int:
 
 def _join(options: argparse.Namespace) -> None:
     from fedq.fleet.bundle import join
+    from fedq.fleet.doctor import check_data
 
     code = options.code
     if code is None:
@@ -406,14 +409,25 @@ def _join(options: argparse.Namespace) -> None:
             print("enrolment code: ", end="", file=sys.stderr, flush=True)
         code = sys.stdin.readline()
     device = join(options.bundle, code, options.into, _node_options(options.node))
+    data = check_data(device)
     _tell(
         options,
-        {"device": device.name, "server": device.server, "directory": str(device.root)},
+        {
+            "device": device.name,
+            "server": device.server,
+            "directory": str(device.root),
+            "data": asdict(data),
+        },
         f"{device.name} of the fleet at {device.server}, in {device.root}",
+        _about_data(data),
         f"try it: fedq fleet node {device.root}",
         f"for ever: sudo cp {device.root}/fedq-node.service /etc/systemd/system/ && "
         "sudo systemctl enable --now fedq-node",
     )
+
+
+def _about_data(data: Check) -> str:
+    return f"data: {data.detail}" + (f"; {data.remedy}" if data.remedy else "")
 
 
 def _node_options(texts: Sequence[str]) -> dict[str, bool | int | float | str]:
@@ -446,11 +460,19 @@ def _node(options: argparse.Namespace) -> None:
 
     _log(quiet=options.json)
     if options.check:
-        node_id = process.check(device)
+        from fedq.fleet.doctor import check_data
+
+        node_id, data = process.check(device), check_data(device)
         _tell(
             options,
-            {"device": device.name, "server": device.server, "node_id": node_id},
+            {
+                "device": device.name,
+                "server": device.server,
+                "node_id": node_id,
+                "data": asdict(data),
+            },
             f"{device.server} accepts {device.name}",
+            _about_data(data),
         )
         return
     process.serve(device)

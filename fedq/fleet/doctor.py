@@ -1,12 +1,13 @@
 """Check a fleet: who can reach what, what will stop working soon, which device is off.
 
-On the server: permissions, certificates, ports, and what devices report. On a device: its key, its
-clock and whether the server accepts it.
+On the server: permissions, certificates, ports, and what devices report. On a device: its data, its
+key, its clock and whether the server accepts it.
 """
 
 from __future__ import annotations
 
 import datetime
+import getpass
 import ipaddress
 import ssl
 import stat
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import fedq
+from fedq.data.base import of_node
 from fedq.doctor import Check, Status
-from fedq.errors import FedqError
+from fedq.errors import ConfigError, FedqError
 from fedq.fleet import flower, identity, status
-from fedq.fleet.files import Device, Fleet
+from fedq.fleet.files import DEVICE, Device, Fleet
 from fedq.fleet.link import AHEAD_S, BEHIND_S
 
 SOON_DAYS = 30
@@ -43,7 +45,7 @@ def check_fleet(fleet: Fleet) -> list[Check]:
 
 def check_device(device: Device) -> list[Check]:
     """Return every finding about a device, on the device."""
-    found = list(_versions())
+    found = [*_versions(), check_data(device)]
     try:
         identity.load_openssh(device.key)
         found.append(Check("key", "ok", "readable by its owner alone"))
@@ -58,6 +60,45 @@ def check_device(device: Device) -> list[Check]:
     except FedqError as error:
         found.append(_explained("server", error))
     return found
+
+
+def check_data(device: Device) -> Check:
+    """Return whether a device can read what it is to train on; its own files are read whole."""
+    node, file = device.node, device.root / DEVICE
+    if "data" not in node:
+        if "num-partitions" in node:
+            return Check("data", "ok", "a share of the run's")
+        remedy = f'name it: "data" and "data-path" under "node" in {file}, or join with --node'
+        return Check("data", "fail", "this device has none", remedy)
+    path, entry = node.get("data-path"), f'"data-path" under "node" in {file}'
+    try:
+        data = of_node(node)
+        if path is None:  # it comes with fedq, or is downloaded by the first round
+            return Check("data", "ok", str(node["data"]))
+        if wrong := _unreadable(Path(str(path)).expanduser()):
+            remedy = f"put the data there, or correct {entry}"
+            return Check("data", "fail", f"{path} {wrong}", remedy)
+        examples = len(data.load().y_train)
+    except ConfigError as error:
+        what, _, remedy = str(error).partition("; ")
+        remedy = remedy or f"see fedq help data={node['data']}; the path is {entry}"
+        return Check("data", "fail", what, remedy)
+    return Check("data", "ok", f"{examples} training examples in {path}")
+
+
+def _unreadable(path: Path) -> str:
+    """Return why nothing can be read from a path, empty if something can."""
+    try:
+        if path.is_dir():
+            return "" if any(path.iterdir()) else "is an empty folder"
+        with path.open("rb") as file:
+            return "" if file.read(1) else "is an empty file"
+    except FileNotFoundError:
+        return "does not exist"
+    except PermissionError:
+        return f"may not be read by {getpass.getuser()}, as whom the device must run, too"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _explained(name: str, error: FedqError) -> Check:

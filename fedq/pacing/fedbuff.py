@@ -37,6 +37,7 @@ class FedBuff(Pacing):
     """
 
     asynchronous: ClassVar[bool] = True
+    deadline_s: ClassVar[None] = None  # type: ignore[misc]
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"buffer": 4, "exponent": 0.0})
 
     buffer: int = 10
@@ -47,6 +48,10 @@ class FedBuff(Pacing):
             raise ConfigError(f"pacing.buffer must be at least 1, not {self.buffer}")
         if not 0 <= self.exponent <= 10:
             raise ConfigError(f"pacing.exponent must be 0 to 10, not {self.exponent}")
+
+    def expected(self, sampled: int) -> int:
+        """Return ``buffer``."""
+        return self.buffer
 
     def discount(self, steps: int) -> float:
         """Return what an update counts that ``steps`` steps were taken since."""

@@ -56,3 +56,7 @@ class Synchronous(Pacing):
     def asked(self, wanted: int, of: int) -> int:
         """Return how many are asked where ``wanted`` are to answer, of those that there are."""
         return min(math.ceil(round(wanted * self.over_selection, 9)), of)
+
+    def first(self, wanted: int, sampled: int) -> int | None:
+        """Return how many replies count of a larger cohort."""
+        return min(wanted, sampled) if self.over_selection > 1 else None

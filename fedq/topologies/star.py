@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from fedq.layout import Layout
 from fedq.registry import register
 from fedq.topologies.base import Topology
 
@@ -13,3 +15,14 @@ class Star(Topology):
     """Every client replies to the server itself."""
 
     flat: ClassVar[bool] = True
+
+    def hop(
+        self,
+        layout: Layout,
+        states: Sequence[int],
+        seed: int,
+        server_round: int,
+        requests: Iterable[tuple[int, bytes]],
+        of: int,
+    ) -> None:
+        """Return None."""

@@ -70,6 +70,22 @@ class Tree(Topology):
         """Return which edge serves the client at a place of a federation."""
         return place * self.edges // of
 
+    def hop(
+        self,
+        layout: Layout,
+        states: Sequence[int],
+        seed: int,
+        server_round: int,
+        requests: Iterable[tuple[int, bytes]],
+        of: int,
+    ) -> Edges:
+        """Return the round's edges."""
+        sent = [(self.edge(place, of), blob) for place, blob in requests]
+        served = [edge for edge, _ in sent]
+        edges = Edges(self, layout, states, seed, server_round, served)
+        edges.downlink_bytes = self.relayed(sent)
+        return edges
+
     def relayed(self, requests: Iterable[tuple[int, bytes]]) -> int:
         """Return the bytes of requests on their way to edges: each distinct one once per edge.
 
@@ -94,6 +110,7 @@ class Edges:
     Attributes:
       delta: Where deltas go.
       states: Where states go, by variant.
+      downlink_bytes: Of what was handed on to clients.
       uplink_bytes: Of what was forwarded.
       nmse: ``|mean - exact|**2 / |exact|**2``: what encoding added to the mean of deltas.
     """
@@ -111,7 +128,8 @@ class Edges:
         self._seed = round_seed(derive(seed, "edges"), server_round)
         self.delta = ByEdge(layout.size, served)
         self.states = [ByEdge(size, served) for size in states]
-        self.uplink_bytes, self.nmse = 0, 0.0
+        self.downlink_bytes = self.uplink_bytes = 0
+        self.nmse = 0.0
 
     def forward(self) -> None:
         """Let every edge that heard of a client send its message, and the server add it up."""

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 
@@ -126,7 +129,7 @@ def test_a_device_is_enrolled_over_a_transport(tmp_path: Path) -> None:
     with pytest.raises(FedqError, match="cannot be reached"):
         remote.accepted(transport)
     assert {item.name: item.status for item in doctor.check_device(device)} == {
-        "flwr": "ok", "key": "ok", "server": "fail",
+        "flwr": "ok", "data": "fail", "key": "ok", "server": "fail",
     }  # fmt: skip
 
 
@@ -218,6 +221,54 @@ def test_the_doctor_on_devices(change: dict[str, object], status: str, what: str
     found = doctor._device(device)
     assert found.status == status
     assert what in found.detail + found.remedy
+
+
+@pytest.mark.parametrize(
+    ("node", "what"),
+    [
+        ({}, ["has none", '"data" and "data-path" under "node" in', "device.json"]),
+        ({"data": "npz"}, ["needs data.path", '"data-path" under "node" in', "device.json"]),
+        ({"data": "npz", "data-path": "missing.npz"}, ["missing.npz does not exist", "data-path"]),
+        ({"data": "npz", "data-path": "empty.npz"}, ["empty.npz is an empty file", "data-path"]),
+        ({"data": "npz", "data-path": "text.npz"}, ["not a readable .npz", "fedq help data=npz"]),
+        ({"data": "npz", "data-path": "text.npz/x"}, ["cannot be read: Not a directory"]),
+        ({"data": "folder", "data-path": "empty"}, ["is an empty folder"]),
+        ({"data": "nzp", "data-path": "own.npz"}, ["did you mean 'npz'"]),
+        ({"data": "npz", "data-path": "closed.npz"}, ["may not be read by"]),
+    ],
+)
+def test_the_doctor_on_a_devices_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: dict[str, str], what: list[str]
+) -> None:
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_text("x_train")
+    closed, opened = tmp_path / "closed.npz", Path.open
+
+    def refuse(path: Path, *options: Any) -> Any:  # also for root, who may read everything
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    if "data-path" in node:
+        node = {**node, "data-path": str(tmp_path / node["data-path"])}
+    device = Device(root=tmp_path / "device", name="pi-1", server="pi.example:1", node=node)
+    found = doctor.check_data(device)
+    assert found.status == "fail"
+    for part in what:
+        assert part in f"{found.detail}; {found.remedy}"
+
+
+def test_the_doctor_reads_a_devices_own_data(tmp_path: Path) -> None:
+    x, y = np.zeros((7, 4), np.float32), np.arange(7) % 2
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    node = {"data": "npz", "data-path": str(tmp_path / "own.npz")}
+    device = Device(root=tmp_path / "device", name="pi-1", server="pi.example:1", node=node)
+    found = doctor.check_data(device)
+    assert (found.status, found.detail) == ("ok", f"7 training examples in {tmp_path}/own.npz")
+    for node in ({"data": "digits"}, {"partition-id": 1, "num-partitions": 3}):
+        assert doctor.check_data(replace(device, node=node)).status == "ok"
 
 
 def test_the_doctor_on_files_and_certificates(tmp_path: Path) -> None:

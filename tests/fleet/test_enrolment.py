@@ -65,6 +65,22 @@ def test_another_devices_code_opens_nothing(fleet: Fleet, tmp_path: Path) -> Non
     assert not (tmp_path / "pi-1").exists()
 
 
+def test_join_says_that_the_data_is_not_there(
+    fleet: Fleet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fleet, code = enrol(fleet, "pi-1")
+    monkeypatch.chdir(tmp_path)
+    into = ["fleet", "join", str(fleet.bundle("pi-1")), "--into", "pi-1", "--code", code]
+    assert main([*into, "--node", "data=npz", "--node", "data-path=own.npz"]) == 0
+    said = capsys.readouterr().out
+    assert f"data: {tmp_path}/own.npz does not exist; put the data there" in said
+    assert f'"data-path" under "node" in {tmp_path}/pi-1/device.json' in said
+    assert Device.open(Path("pi-1")).node["data-path"] == f"{tmp_path}/own.npz"
+
+
 def test_a_new_key_keeps_what_the_device_is(fleet: Fleet, tmp_path: Path) -> None:
     fleet, code = enrol(fleet, "pi-1")
     root = tmp_path / "pi-1"

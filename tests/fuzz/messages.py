@@ -19,6 +19,7 @@ from fedq.codecs import Codec
 from fedq.guard import RejectedError, Watch
 from fedq.layout import Layout
 from fedq.registry import build, table
+from fedq.replies import Replies
 from fedq.strategy import FedQ
 from tests import fuzz
 from tests.grids import InlineGrid
@@ -75,9 +76,10 @@ class Target:
         strategy, current = self.strategy, self.current
         current.waiting = {self.request.metadata.dst_node_id: 0}
         watch: Watch = strategy.guard.watch(current.before.guard, 1, current.before.weights)
+        replies = Replies(strategy, current)
         try:
-            update = strategy._open(Message(records.pack(blob), reply_to=self.request), current)
-            delta, state = strategy._decode(update, current)
+            update = replies.open(Message(records.pack(blob), reply_to=self.request))
+            delta, state = replies.decode(update)
             delta = watch.admit(delta, state)
         except RejectedError:
             return False
