@@ -212,7 +212,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,NAME...]",
         help="runtimes, as listed below",
     )
-    export.add_argument("--out", type=Path, help="directory (default: RUN/export); one per runtime")
+    export.add_argument(
+        "--out",
+        type=Path,
+        help="directory (default: RUN/export, RUN/export/WIDTH with --width); one per runtime",
+    )
     export.add_argument(
         "--quantization",
         help="post-training quantization, as NAME or 'NAME OPTION=VALUE ...' (default: the run's "
@@ -568,7 +572,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.export._source import source
 
     network = source(experiment, tensors, quantization, options.calibrate, options.width)
-    folder = options.out or options.directory / "export"
+    folder = options.out or options.directory / "export" / (options.width or "")
     released = []
     for exporter in exporters:
         with progress.steps(Console(stderr=True)) as watch:

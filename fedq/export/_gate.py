@@ -24,7 +24,15 @@ WITHIN, FAR = 0.99, 3
 
 
 class ParityError(FedqError):
-    """The exported file does not compute what was trained; it is not released."""
+    """The exported file does not compute what was trained; it is not released.
+
+    Attributes:
+      parity: How it compares.
+    """
+
+    def __init__(self, message: str, parity: Parity) -> None:
+        super().__init__(message)
+        self.parity = parity
 
 
 @dataclass(frozen=True)
@@ -99,15 +107,27 @@ def compare(
       classes: Whether the largest output is the answer.
     """
     logits = run(exporter, path, x)
+    return parity_of(logits, expected, graph, exporter.operators(path), classes=classes)
+
+
+def parity_of(
+    logits: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    graph: Graph,
+    operators: Operators,
+    *,
+    classes: bool = True,
+) -> Parity:
+    """Compare what a file gave with what was expected; see :func:`compare`."""
     grid = graph.output.grid
     steps = np.rint((np.nan_to_num(logits, nan=1e30) - expected) / np.float32(grid.scale))
     return Parity(
-        examples=len(x),
+        examples=len(logits),
         differing=int((logits.argmax(1) != expected.argmax(1)).sum()) if classes else None,
         within=float((np.abs(steps) <= STEPS).mean()),
         largest_steps=int(min(np.abs(steps).max(), 2.0**31)),
         moved=float((steps != 0).mean()),
-        operators=exporter.operators(path),
+        operators=operators,
         logits=logits,
     )
 
@@ -118,7 +138,8 @@ def check(parity: Parity, graph: Graph, exporter: Exporter, steps: int = STEPS) 
     if failures:
         raise ParityError(
             f"exporter={exporter.name} does not pass the parity gate, and nothing was released:"
-            f" {'; '.join(failures)}"
+            f" {'; '.join(failures)}",
+            parity,
         )
 
 
