@@ -5,8 +5,9 @@ the quantizers of 8, 4 and 2 bits for a while, converted, written, executed and 
 ``fedq export`` does it, on the whole test set. ``integers`` is the integer graph computed exactly,
 without a runtime. `agreement` is the share of test examples with the same class as the network with
 fake quantizers; where outputs are no classes, of outputs within one step. `steps` is the largest
-difference of an output, in steps of its grid. `ties` are examples with another class whose two
-largest logits were at most two steps apart in training.
+difference of an output, in steps of its grid. Both are to the network as trained; `device` are
+steps to the same network with the int32 biases that devices hold, as the parity gate has them. For
+``tensorrt``, which has other grids, all are to the integers on these.
 
 Latency is CPU time of one invocation, batch 1, one thread: the fastest of 25 turns that float and
 int8 take; `speed-up` is the median of the ratios within turns. Sizes are those of the files. ``c``
@@ -47,10 +48,10 @@ from fedq import config, registry
 from fedq.data.base import Dataset, load
 from fedq.errors import ConfigError, FedqError
 from fedq.export import _reference
-from fedq.export._convert import convert
+from fedq.export._convert import convert, with_device_biases
 from fedq.export._gate import Parity, ParityError, parity_of
 from fedq.export._release import release
-from fedq.export._source import Source
+from fedq.export._source import Source, outputs
 from fedq.export.base import Exporter, Operators
 from fedq.metrics import Metric
 from fedq.models import create
@@ -97,8 +98,8 @@ COLUMNS = {
     "bits": "weights, bits",
     "runtime": "Runtime",
     "agreement": "agreement, %",
-    "ties": "other class (ties)",
     "steps": "steps",
+    "device_steps": "device",
     "metric": "metric",
     "float_score": "float",
     "trained_score": "trained",
@@ -199,14 +200,16 @@ def installed() -> list[Exporter]:
     ]
 
 
-def compared(parity: Parity) -> dict[str, Any]:
-    """Return the figures of a comparison."""
+def compared(trained: Parity, device: Parity) -> dict[str, Any]:
+    """Return the figures of comparisons with both networks."""
     return {
-        "examples": parity.examples,
-        "differing": parity.differing,
-        "agreement": parity.agreement,
-        "steps": parity.largest_steps,
-        "moved": parity.moved,
+        "examples": trained.examples,
+        "agreement": trained.agreement,
+        "steps": trained.largest_steps,
+        "moved": trained.moved,
+        "device_agreement": device.agreement,
+        "device_steps": device.largest_steps,
+        "device_moved": device.moved,
     }
 
 
@@ -215,17 +218,14 @@ def integers(source: Source) -> dict[str, Any]:
     graph = convert(source.network, source.dataset.input_shape)
     x, y = source.dataset.test_inputs(), source.dataset.y_test
     expected, logits = source.logits(x), _reference.logits(graph, x)
+    held = outputs(with_device_biases(source.network, source.dataset.input_shape), x)
     classes = source.dataset.classes > 0
-    parity = parity_of(logits, expected, graph, Operators({}), classes=classes)
+    trained, device = (
+        parity_of(logits, each, graph, Operators({}), classes=classes) for each in (expected, held)
+    )
     metric = source.task.metric
-    ties = None
-    if classes:
-        changed = logits.argmax(1) != expected.argmax(1)
-        second, first = np.sort(expected, axis=1)[:, -2:].T
-        ties = int(((first - second)[changed] < 2.5 * graph.output.grid.scale).sum())
     return {
-        **compared(parity),
-        "ties": ties,
+        **compared(trained, device),
         "metric": metric.name,
         "score": source.task.evaluate(logits, x, y),
         "trained_score": source.task.evaluate(expected, x, y),
@@ -241,18 +241,19 @@ def executed(source: Source, exporter: Exporter) -> dict[str, Any]:
         try:
             report = release(source, exporter, Path(folder)).report
         except ParityError as error:
-            return {**compared(error.parity), "refused": str(error).partition(": ")[2]}
+            figures = compared(error.trained or error.parity, error.parity)
+            return {**figures, "refused": str(error).partition(": ")[2]}
         except FedqError as error:
             return {"refused": str(error)}
     parity = report["parity"]
-    differing = round((1 - parity["agreement"]) * parity["examples"])
+    own = exporter.name == "tensorrt"
     return {
         "examples": parity["examples"],
-        "differing": differing if source.dataset.classes else None,
-        "agreement": parity["agreement"],
-        "agreement_with_training": parity["agreement_with_training"],
-        "steps": parity["largest_difference_steps"],
-        "moved": parity["logits_that_differ"],
+        "agreement": parity["agreement" if own else "agreement_with_training"],
+        "steps": parity["largest_difference_steps" if own else "steps_from_training"],
+        "device_agreement": parity["agreement"],
+        "device_steps": parity["largest_difference_steps"],
+        "device_moved": parity["logits_that_differ"],
         "integer_operators": parity["integer_operators"],
         "metric": metric.name,
         "score": report[metric.name],
@@ -274,9 +275,8 @@ def row(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of the table."""
     shown = {key: cell[key] for key in ("model", "bits", "runtime")}
     if "agreement" in cell:
-        shown |= {"agreement": f"{100 * cell['agreement']:.2f}", "steps": cell["steps"]}
-    if cell.get("differing") is not None:
-        shown["ties"] = f"{cell['differing']}" + (f" ({cell['ties']})" if "ties" in cell else "")
+        shown["agreement"] = f"{100 * cell['agreement']:.2f}"
+        shown |= {key: cell[key] for key in ("steps", "device_steps")}
     if "refused" in cell:
         return {**shown, "metric": f"refused: {cell['refused']}"}
     metric: Metric = metric_named(cell["metric"])
@@ -332,7 +332,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.quick:
             subjects, widths, arguments.work = {"mlp": QUICK}, widths[:1], Path(folder)
-        settings = {name: f"{subject} seed {arguments.seed}" for name, subject in SUBJECTS.items()}
+        every = {**SUBJECTS, **subjects}
+        settings = {name: f"{subject} seed {arguments.seed}" for name, subject in every.items()}
         cells = earlier_cells(arguments.out, "export", settings, "model")
         done = {(cell["model"], cell["bits"], cell["runtime"]) for cell in cells}
         networks = Networks(arguments.work, arguments.seed, arguments.words)

@@ -23,11 +23,11 @@ from fedq.cli import main
 from fedq.data.base import Dataset
 from fedq.errors import ConfigError, FedqError
 from fedq.export import _gate, _packing, _reference, runner
-from fedq.export._convert import _Converter, convert
+from fedq.export._convert import _Converter, convert, with_device_biases
 from fedq.export._gate import ParityError
 from fedq.export._graph import Conv, Graph, Linear
 from fedq.export._release import _check_grids, release
-from fedq.export._source import Source, source
+from fedq.export._source import Source, outputs, source
 from fedq.export.base import Exporter
 from fedq.models import create
 from fedq.quantization.integer import activation_grid, integer_weight
@@ -141,6 +141,11 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         assert (apart > 0).double().mean() < near
     assert all(op.weights.bits <= 8 for op in graph.weighted)
     assert steps_between(graph, given.network, x) <= END_TO_END.get(model, 1)
+    # Biases are all that tells the integers from training, but for ties of float sums.
+    held = outputs(with_device_biases(given.network, given.dataset.input_shape), x)
+    apart = np.abs(_reference.logits(graph, x) - held) / graph.output.grid.scale
+    assert (apart > 0.5).mean() <= 0.005
+    assert apart.max() < END_TO_END.get(model, 1) + 0.5
 
 
 def _fake_quantized(converter: _Converter, x: np.ndarray) -> dict[Any, torch.Tensor]:
@@ -202,6 +207,11 @@ def test_batch_normalisation_folds_into_the_same_integers_up_to_sign() -> None:
     layer = given.network.get_submodule("depthwise")
     raw = integer_weight(layer, "depthwise").values.astype(int)
     folded = next(op for op in graph.weighted if op.path == "depthwise").weights
+    before = {name: t.clone() for name, t in given.network.state_dict().items()}
+    x = given.dataset.test_inputs()
+    held = outputs(with_device_biases(given.network, given.dataset.input_shape), x)
+    assert (np.abs(_reference.logits(graph, x) - held) < graph.output.grid.scale / 2).all()
+    assert all((t == before[name]).all() for name, t in given.network.state_dict().items())
     gain = given.network.get_submodule("norm2").weight.detach().numpy()
     alive = gain != 0
     signs = np.sign(gain).reshape(-1, 1, 1, 1)

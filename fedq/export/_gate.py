@@ -1,7 +1,8 @@
 """The parity gate: nothing is released that its own runtime does not compute as training did.
 
-It executes the written file on the test set and compares with the network with fake quantizers,
-counts what the runtime computes in integers, and refuses silent float fall-back.
+It executes the written file on the test set, compares with the network with fake quantizers, its
+biases as the file holds them and as trained, counts what the runtime computes in integers, and
+refuses silent float fall-back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from fedq.export.base import Exporter, Operators
 #: Least share of examples with the same class, and most output steps between logits.
 AGREEMENT, STEPS = 0.998, 1
 #: Without classes this share of the outputs must be within ``STEPS``, and all within so many times
-#: that: near ties add up over layers, and there are many outputs.
+#: that: near ties add up over layers, and there are many outputs. The latter holds for all networks
+#: against the one as trained, whose biases are not rounded.
 WITHIN, FAR = 0.99, 3
 
 
@@ -28,11 +30,12 @@ class ParityError(FedqError):
 
     Attributes:
       parity: How it compares.
+      trained: How it compares with the network as trained.
     """
 
-    def __init__(self, message: str, parity: Parity) -> None:
+    def __init__(self, message: str, parity: Parity, trained: Parity | None) -> None:
         super().__init__(message)
-        self.parity = parity
+        self.parity, self.trained = parity, trained
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ class Parity:
             found.append(f"only {count} of {len(graph.weighted)} layers run in integers")
         if not np.isfinite(self.logits).all():
             found.append("it gives NaN or infinity")
-        most = steps if self.differing is not None else FAR * steps
+        return found + self.apart(steps if self.differing is not None else FAR * steps)
+
+    def apart(self, most: int) -> list[str]:
+        """Return in which way outputs are too far apart: more than ``most`` steps, or too often."""
+        found = []
         if self.largest_steps > most:
             found.append(f"logits differ by {self.largest_steps} output steps, more than {most}")
         if self.differing is None and self.within < WITHIN:
@@ -132,14 +139,32 @@ def parity_of(
     )
 
 
-def check(parity: Parity, graph: Graph, exporter: Exporter, steps: int = STEPS) -> None:
-    """Raise :class:`ParityError` with all that is wrong, if anything is."""
+def check(
+    parity: Parity,
+    trained: Parity | None,
+    graph: Graph,
+    exporter: Exporter,
+    steps: int = STEPS,
+) -> None:
+    """Raise :class:`ParityError` with all that is wrong, if anything is.
+
+    Args:
+      parity: Of the file, against the network with the biases that the file holds.
+      trained: Against the network as trained; None if its grids are others.
+      graph: What was written.
+      exporter: Whose file it is.
+      steps: Largest difference of a logit.
+    """
     failures = parity.failures(graph, steps)
+    if trained is not None and not failures:
+        words = trained.apart(FAR * steps)
+        failures = [f"beside the network as trained {word}" for word in words]
     if failures:
         raise ParityError(
             f"exporter={exporter.name} does not pass the parity gate, and nothing was released:"
             f" {'; '.join(failures)}",
             parity,
+            trained,
         )
 
 

@@ -18,9 +18,9 @@ import fedq
 from fedq import registry
 from fedq.errors import ConfigError, FedqError
 from fedq.export import _gate, _measure, _packing, _reference, runner
-from fedq.export._convert import convert
+from fedq.export._convert import convert, with_device_biases
 from fedq.export._graph import Graph
-from fedq.export._source import Source
+from fedq.export._source import Source, outputs
 from fedq.export.base import Exporter
 
 REPORT, RUNNER = "export.json", "runner.py"
@@ -66,8 +66,10 @@ def release(
     graph = exporter.adapt(trained)
     x, y = source.dataset.test_inputs(), source.dataset.y_test
     expected = source.logits(x)
-    # Other grids than those of training: the file is held to these.
-    simulated = expected if graph is trained else _reference.logits(graph, x)
+    if graph is trained:
+        simulated = outputs(with_device_biases(source.network, source.dataset.input_shape), x)
+    else:  # other grids than those of training: the file is held to these
+        simulated = _reference.logits(graph, x)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         place = tempfile.TemporaryDirectory(dir=folder, prefix=".unreleased-")
@@ -85,7 +87,10 @@ def release(
         watch(2, 4, f"{exporter.name}: executing")
         classes = source.dataset.classes > 0
         parity = _gate.compare(exporter, model, graph, x, simulated, classes=classes)
-        _gate.check(parity, graph, exporter, steps)
+        beside = _gate.parity_of(
+            parity.logits, expected, trained, parity.operators, classes=classes
+        )
+        _gate.check(parity, beside if graph is trained else None, graph, exporter, steps)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
         task = source.task
@@ -107,12 +112,9 @@ def release(
             "parity": {
                 "examples": parity.examples,
                 "agreement": parity.agreement,
-                "agreement_with_training": float(
-                    (parity.logits.argmax(1) == expected.argmax(1)).mean()
-                )
-                if classes
-                else None,
+                "agreement_with_training": beside.agreement,
                 "largest_difference_steps": parity.largest_steps,
+                "steps_from_training": beside.largest_steps,
                 "logits_that_differ": parity.moved,
                 "integer_operators": dict(parity.operators.integer),
                 "float_operators": dict(parity.operators.fallback),
