@@ -235,6 +235,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of a run with clients of several widths, such as w4 (default: the first)",
     )
     export.add_argument(
+        "--factorise",
+        type=float,
+        metavar="ENERGY",
+        help="replace layers by products of thin ones that keep this share of each weight's "
+        "squared norm, such as 0.9, where that saves parameters; refused if the file does not "
+        "become smaller",
+    )
+    export.add_argument(
         "--steps",
         type=int,
         default=1,
@@ -571,7 +579,9 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.export._release import release
     from fedq.export._source import source
 
-    network = source(experiment, tensors, quantization, options.calibrate, options.width)
+    network = source(
+        experiment, tensors, quantization, options.calibrate, options.width, options.factorise
+    )
     folder = options.out or options.directory / "export" / (options.width or "")
     released = []
     for exporter in exporters:
@@ -584,6 +594,8 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     console.print(exports.table(released))
     for item in released:
+        if (factored := exports.factored(item.report)) is not None:
+            console.print(factored, soft_wrap=True, highlight=False)
         console.print(f"wrote {item.path}", soft_wrap=True, highlight=False)
     return 0
 

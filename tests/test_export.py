@@ -22,6 +22,7 @@ from fedq import config
 from fedq.cli import main
 from fedq.data.base import Dataset
 from fedq.errors import ConfigError, FedqError
+from fedq.experiment import Experiment
 from fedq.export import _gate, _packing, _reference, runner
 from fedq.export._convert import _Converter, convert, with_device_biases
 from fedq.export._gate import ParityError
@@ -32,6 +33,7 @@ from fedq.export.base import Exporter
 from fedq.models import create
 from fedq.quantization.integer import activation_grid, integer_weight
 from fedq.registry import table
+from fedq.report import exports
 from fedq.results import read_config, read_model
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -576,6 +578,60 @@ def test_the_runner_explains_its_data(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "export.json is missing" in said[3]
     assert "is damaged" in said[4]
     assert "the model takes (4,)" in said[5]
+
+
+# --- factors ------------------------------------------------------------------------------------
+
+
+def deep(hidden: int, rank: int) -> tuple[Experiment, dict[str, np.ndarray]]:
+    """Return a network whose middle layer is nearly of a low rank, as a run leaves it."""
+    experiment = config.load(["data=digits", "model=mlp", f"model.hidden=[{hidden},{hidden}]"])
+    network = create(experiment.model, (1, 8, 8), 10)
+    rng = np.random.default_rng(0)
+    thin, wide = rng.normal(size=(2, hidden, rank)).astype(np.float32)
+    middle = wide @ thin.T / hidden + 1e-3 * rng.normal(size=(hidden, hidden))
+    tensors = {name: t.numpy() for name, t in network.state_dict().items()}
+    return experiment, {**tensors, "fc2.weight": middle.astype(np.float32)}
+
+
+def test_factors_make_a_smaller_file_that_computes_nearly_the_same(tmp_path: Path) -> None:
+    experiment, tensors = deep(hidden=64, rank=4)
+    given = source(experiment, tensors, experiment.quantization, energy=0.99)
+    assert given.whole is not None
+    thin = given.network.get_submodule("fc2.0").weight
+    assert thin.shape == (4, 64)
+    x = given.dataset.test_inputs()
+    whole, factored = (outputs(one.network, x) for one in (given.whole, given))
+    assert np.abs(whole - factored).mean() < 0.05 * whole.std()
+    released = release(given, exporter_of("onnx"), tmp_path, steps=2)
+    told = released.report["factored"]
+    assert told["bytes"] == released.path.stat().st_size < told["whole_bytes"] - 3000
+    assert released.report["parameters"] < told["parameters"]
+    words = exports.factored(released.report)
+    assert words is not None
+    assert words.startswith("onnx: factors keep 99 % of each weight's energy: ")
+
+
+def test_factors_that_save_nothing_are_refused(tmp_path: Path) -> None:
+    experiment, tensors = deep(hidden=64, rank=4)
+    with pytest.raises(ConfigError, match=r"--factorise 1 makes no layer .* smaller"):
+        source(experiment, tensors, experiment.quantization, energy=1.0)
+    experiment, tensors = deep(hidden=24, rank=10)  # 96 weights less, and one more layer
+    given = source(experiment, tensors, experiment.quantization, energy=0.9999)
+    with pytest.raises(ConfigError, match=r"--factorise 0\.9999 makes the file .* larger, "):
+        release(given, exporter_of("onnx"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantizers_of_a_float_run_begin_with_its_weights() -> None:
+    experiment, tensors = deep(hidden=32, rank=32)
+    grown = {name: 10 * t for name, t in tensors.items()}  # far from what they were built with
+    for preset in ("codebook2", "lsq2"):
+        quantization = config.load([f"quantization={preset}"]).quantization
+        layer: Any = source(experiment, grown, quantization).network.get_submodule("fc2")
+        weight = layer.weight.detach()
+        error = (layer.weight_quantizer(weight) - weight).square().mean() / weight.square().mean()
+        assert error < 0.3
 
 
 # --- the command --------------------------------------------------------------------------------

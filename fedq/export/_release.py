@@ -84,6 +84,9 @@ def release(
         watch(1, 4, f"{exporter.name}: writing")
         exporter.write(graph, model, integer=True)
         exporter.write(graph, twin, integer=False)
+        packed = _packed(exporter, graph, model)
+        size = len(packed) if packed is not None else exporter.size(model)
+        whole = _whole(source, exporter, temporary / "whole", size) if source.whole else None
         watch(2, 4, f"{exporter.name}: executing")
         classes = source.dataset.classes > 0
         parity = _gate.compare(exporter, model, graph, x, simulated, classes=classes)
@@ -133,9 +136,10 @@ def release(
         report["latency_us"], report["float_latency_us"] = turns.min(0).tolist()
         report["speed_up"] = float(np.median(turns[:, 1] / turns[:, 0]))
         report["bytes"], report["float_bytes"] = exporter.size(model), exporter.size(twin)
-        packed = _packed(exporter, graph, model)
         report["packed_bytes"] = None if packed is None else len(packed)
         report["memory"] = {"activation_bytes": graph.activation_bytes}
+        if whole is not None:
+            report["factored"] = whole
         names = [*exporter.companions, exporter.file]
         if model.suffix in runner.SUFFIXES:
             for beside in (temporary, twin.parent):
@@ -154,6 +158,34 @@ def release(
         for file in names:  # the model last: what describes it is there by then
             os.replace(temporary / file, folder / file)
     return Released(folder / exporter.file, report)
+
+
+def _whole(source: Source, exporter: Exporter, folder: Path, size: int) -> dict[str, Any]:
+    """Return what the file would be without factors.
+
+    Raises:
+      ConfigError: If it would not be larger than ``size`` bytes, packed if it can be.
+    """
+    assert source.whole is not None
+    whole, metric = source.whole, source.task.metric.name
+    graph = exporter.adapt(convert(whole.network, whole.dataset.input_shape))
+    folder.mkdir()
+    exporter.write(graph, folder / exporter.file, integer=True)
+    packed = _packed(exporter, graph, folder / exporter.file)
+    before = len(packed) if packed is not None else exporter.size(folder / exporter.file)
+    if size >= before:
+        raise ConfigError(
+            f"--factorise {source.energy:g} makes the file of exporter={exporter.name} larger,"
+            f" {size:,} bytes in place of {before:,}; give less than that, or leave it out"
+        )
+    x, y = whole.dataset.test_inputs(), whole.dataset.y_test
+    return {
+        "energy": source.energy,
+        "bytes": size,
+        "whole_bytes": before,
+        "parameters": sum(op.weights.values.size for op in graph.weighted),
+        f"trained_{metric}": whole.task.evaluate(whole.logits(x), x, y),
+    }
 
 
 def _check_grids(graph: Graph) -> None:
