@@ -30,6 +30,7 @@ import dataclasses
 import gc
 import hashlib
 import importlib.util
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ from fedq.export import _reference
 from fedq.export._convert import convert, with_device_biases
 from fedq.export._gate import Parity, ParityError, parity_of
 from fedq.export._release import release
-from fedq.export._source import Source, outputs
+from fedq.export._source import Source, outputs, source
 from fedq.export.base import Exporter, Operators
 from fedq.metrics import Metric
 from fedq.models import create
@@ -64,6 +65,8 @@ WIDTHS = {8: "int8", 4: "w4a8", 2: "w2a8"}
 #: Where narrow weights are executed, too: their latency is that of int8.
 NARROW = ("litert", "onnx")
 INTEGERS = "integers"
+#: Models that are factored, at what share of the weights' energy; and for which runtime.
+FACTORED, ENERGIES, FACTORED_FOR = ("small_cnn", "mnist_cnn"), (0.95, 0.9, 0.8, 0.6), "litert"
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,15 @@ class Networks:
         prepared = quantization.prepare(network)
 
         def trained() -> nn.Module:
-            start = copy.deepcopy(self._float(model, subject, dataset))
+            start = copy.deepcopy(self.float_twin(model, subject, dataset))
             rate = subject.learning_rate / 5
             return self._train(quantization.prepare(start), subject, dataset, subject.after, rate)
 
         self._kept(f"{model} {subject} {WIDTHS[bits]}", prepared, trained)
         return Source(prepared.eval(), quantization, dataset, 0)
 
-    def _float(self, model: str, subject: Subject, dataset: Dataset) -> nn.Module:
+    def float_twin(self, model: str, subject: Subject, dataset: Dataset) -> nn.Module:
+        """Return the network trained in float."""
         network = create(
             fedq.build("model", model), dataset.input_shape, dataset.outputs, self.seed
         )
@@ -265,6 +269,24 @@ def executed(source: Source, exporter: Exporter) -> dict[str, Any]:
     }
 
 
+def factored(networks: Networks, model: str, subject: Subject, energy: float) -> dict[str, Any]:
+    """Return what factors of a float network cost and save, as ``fedq export --factorise``."""
+    experiment = config.load([f"data={subject.data}", f"model={model}"])
+    whole = networks.float_twin(model, subject, data_of(subject, networks.words))
+    tensors = {name: tensor.numpy() for name, tensor in whole.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            given = source(experiment, tensors, experiment.quantization, energy=energy)
+            exporter = fedq.build("exporter", FACTORED_FOR)
+            report = release(given, exporter, Path(folder), steps=2).report
+        except FedqError as error:
+            return {"refused": str(error)}
+    return {
+        **{key: report[key] for key in ("factored", "parameters", "accuracy", *_KEPT)},
+        "steps": report["parity"]["largest_difference_steps"],
+    }
+
+
 _KEPT = (
     *("latency_us", "float_latency_us", "speed_up"),
     *("bytes", "float_bytes", "packed_bytes"),
@@ -298,6 +320,32 @@ def row(cell: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+FACTORED_COLUMNS = {
+    "model": "Model",
+    "energy": "energy kept",
+    "parameters": "weights",
+    "accuracy": "accuracy, %",
+    "kb": "int8, kB",
+    "int8_us": "int8, µs",
+    "steps": "steps",
+}
+
+
+def factored_row(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the table of factors, beside what they were made of."""
+    shown = {"model": cell["model"], "energy": f"{cell['energy']:g}"}
+    if "refused" in cell:
+        return {**shown, "accuracy": f"refused: {cell['refused']}"}
+    before = cell["factored"]
+    return shown | {
+        "parameters": f"{before['parameters']:,} → {cell['parameters']:,}",
+        "accuracy": f"{100 * before['trained_accuracy']:.1f} → {100 * cell['accuracy']:.1f}",
+        "kb": f"{before['whole_bytes'] / 1000:.1f} → {cell['bytes'] / 1000:.1f}",
+        "int8_us": cell["latency_us"],
+        "steps": cell["steps"],
+    }
+
+
 def metric_named(name: str) -> Metric:
     """Return a task's metric."""
     found = {build.metric.name: build.metric for build in registry.table("task").values()}  # type: ignore[attr-defined]
@@ -309,7 +357,12 @@ def report(out: Path, cells: list[dict[str, Any]]) -> None:
     """Write the results so far."""
     order = list(SUBJECTS)
     cells.sort(key=lambda c: (order.index(c["model"]), -c["bits"], c["runtime"] != INTEGERS))
-    text = [str(__doc__).strip(), table(COLUMNS, map(row, cells))]
+    plain = [cell for cell in cells if "energy" not in cell]
+    text = [str(__doc__).strip(), table(COLUMNS, map(row, plain))]
+    thin = [factored_row(cell) for cell in cells if "energy" in cell]
+    if thin:
+        text += [f"Factors, for {FACTORED_FOR}, of the same float networks:"]
+        text += [table(FACTORED_COLUMNS, thin)]
     write(out, "export", "int8 and float in the devices' runtimes", text, {"cells": cells})
 
 
@@ -335,12 +388,16 @@ def main() -> None:
         every = {**SUBJECTS, **subjects}
         settings = {name: f"{subject} seed {arguments.seed}" for name, subject in every.items()}
         cells = earlier_cells(arguments.out, "export", settings, "model")
-        done = {(cell["model"], cell["bits"], cell["runtime"]) for cell in cells}
+        done = {(c["model"], c["bits"], c["runtime"], c.get("energy")) for c in cells}
         networks = Networks(arguments.work, arguments.seed, arguments.words)
         for model, subject in subjects.items():
             for bits in widths:
                 todo = [INTEGERS, *(e.name for e in exporters if bits == 8 or e.name in NARROW)]
-                todo = [name for name in todo if arguments.again or (model, bits, name) not in done]
+                todo = [
+                    name
+                    for name in todo
+                    if arguments.again or (model, bits, name, None) not in done
+                ]
                 if not todo:
                     continue
                 source = networks.source(model, subject, bits)
@@ -353,19 +410,32 @@ def main() -> None:
                         if name == INTEGERS
                         else executed(source, fedq.build("exporter", name))
                     )
-                    cells = [c for c in cells if any(c[k] != v for k, v in key.items())]
+                    cells = without(cells, {**key, "energy": None})
                     about = {"settings": settings[model], **when_and_where()}
                     cells.append({**key, **measured, **about})
                     print(row(cells[-1]), flush=True)
                     gc.collect()
                 report(arguments.out, cells)
+        if FACTORED_FOR in {exporter.name for exporter in exporters} and not arguments.quick:
+            for model, energy in itertools.product(FACTORED, ENERGIES):
+                key = {"model": model, "bits": 8, "runtime": FACTORED_FOR, "energy": energy}
+                if model in subjects and (arguments.again or tuple(key.values()) not in done):
+                    measured = factored(networks, model, subjects[model], energy)
+                    about = {"settings": settings[model], **when_and_where()}
+                    cells = [*without(cells, key), {**key, **measured, **about}]
+                    report(arguments.out, cells)
 
 
-def limited(source: Source, examples: int) -> Source:
+def without(cells: list[dict[str, Any]], key: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the cells but the one that is measured anew."""
+    return [cell for cell in cells if any(cell.get(k) != v for k, v in key.items())]
+
+
+def limited(given: Source, examples: int) -> Source:
     """Return the source with fewer test examples: some runtimes are slow references here."""
-    data = source.dataset
+    data = given.dataset
     few = dataclasses.replace(data, x_test=data.x_test[:examples], y_test=data.y_test[:examples])
-    return dataclasses.replace(source, dataset=few)
+    return dataclasses.replace(given, dataset=few)
 
 
 if __name__ == "__main__":

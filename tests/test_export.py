@@ -605,7 +605,7 @@ def test_factors_make_a_smaller_file_that_computes_nearly_the_same(tmp_path: Pat
     assert np.abs(whole - factored).mean() < 0.05 * whole.std()
     released = release(given, exporter_of("onnx"), tmp_path, steps=2)
     told = released.report["factored"]
-    assert told["bytes"] == released.path.stat().st_size < told["whole_bytes"] - 3000
+    assert told["bytes"] == released.path.stat().st_size < told["whole_bytes"] - 2000
     assert released.report["parameters"] < told["parameters"]
     words = exports.factored(released.report)
     assert words is not None

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,10 @@ from fedq.capacity import Capacities, variant_of, width_for
 from fedq.errors import ConfigError, FedqError
 from fedq.export import runner
 from fedq.fleet import identity
-from fedq.fleet.artefacts import DIGEST, FILE, MANIFEST, PROBE, SIGNATURE, SIGNED
+from fedq.fleet.artefacts import ANSWERS, DIGEST, FILE, MANIFEST, PROBE, SIGNATURE, SIGNED
 from fedq.fleet.files import Fleet, read_json, replace_file, write_json
 from fedq.fleet.profile import capacity_of
+from fedq.metrics import metric_of
 
 if TYPE_CHECKING:
     from fedq.experiment import Experiment
@@ -61,11 +63,16 @@ def make(fleet: Fleet, run: Path, exporter: str, width: str = "") -> str:
         "exporter": exporter,
         "model": model.name,
         "width": width,
-        "accuracy": about["accuracy"],
         "probe": None,
     }
+    metric = metric_of(about)
+    assert metric is not None
+    manifest[metric.name] = about[metric.name]
     if _runs(model):
-        files[PROBE], manifest["probe"] = _probe(run, model)
+        files[PROBE], answers = _probe(run, model)
+        kind = next(kind for kind in ANSWERS if kind in answers)
+        manifest |= {"probe": answers[kind], "answers": kind}
+        manifest["tolerance"] = _tolerance(about, kind, answers[kind])
     manifest["files"] = {
         name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()
     }
@@ -189,8 +196,18 @@ def assigned(
     return widths(experiment, names, reports, numbers)
 
 
-def _probe(run: Path, model: Path) -> tuple[bytes, list[int]]:
-    """Return some test examples as a file, and the classes that the model gives them here."""
+def _tolerance(about: Mapping[str, Any], kind: str, answers: Sequence[Any]) -> float:
+    """Return how far answers may be from these where outputs are off by a step of their grid."""
+    step = float(about["output"]["scale"])
+    if kind == "values":
+        return 1.5 * step * float(about["task"]["divisor"])
+    if kind == "errors":  # of e with |e| at most r: 2 r step + step^2
+        return 2 * step * math.sqrt(max(answers)) + step**2
+    return 0.0
+
+
+def _probe(run: Path, model: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return some test examples as a file, and what the runner says of them here."""
     from fedq import config
     from fedq.data.base import load
     from fedq.results import read_config
@@ -201,12 +218,12 @@ def _probe(run: Path, model: Path) -> tuple[bytes, list[int]]:
     path = model.with_name(f".{PROBE}")
     path.write_bytes(buffer.getvalue())
     try:
-        classes = runner.classify(model, path)["classes"]
+        answers = runner.classify(model, path)
     except runner.RunnerError as error:
         raise FedqError(str(error)) from None
     finally:
         path.unlink()
-    return buffer.getvalue(), classes
+    return buffer.getvalue(), answers
 
 
 def _runs(model: Path) -> bool:

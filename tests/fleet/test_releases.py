@@ -15,6 +15,7 @@ import pytest
 from fedq import config, simulation
 from fedq.errors import ConfigError
 from fedq.experiment import Experiment
+from fedq.export import _measure
 from fedq.fleet import artefacts, identity, releases
 from fedq.fleet.artefacts import MANIFEST, PROBE, SIGNATURE, Artefacts, NotReleasedError
 from fedq.fleet.files import Fleet
@@ -191,6 +192,33 @@ def test_a_release_is_executed_before_it_runs(
         assert device.current == ""
 
 
+@pytest.mark.parametrize(("moved", "refused"), [(0.09, False), (0.2, True)])
+def test_numbers_may_be_off_by_a_step_of_their_grid(
+    moved: float,
+    refused: bool,
+    shop: Shop,
+    device: Artefacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    about = {"output": {"scale": 0.05}, "task": {"divisor": 2.0}}
+    tolerance = releases._tolerance(about, "values", [[1.0, 2.0]] * 4)
+    assert tolerance == pytest.approx(0.15)
+    assert releases._tolerance(about, "errors", [0.04, 0.01]) == pytest.approx(0.0225)
+    stand_in = tmp_path / "python"
+    values = [[1.0, 2.0 + moved]] * 4
+    stand_in.write_text(f"#!{sys.executable}\nprint('{{\"values\": {values}}}')\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(artefacts.sys, "executable", str(stand_in))
+    probe: Any = [[1.0, 2.0]] * 4
+    digest = shop.put(b"model", probe=probe, answers="values", tolerance=tolerance)
+    if refused:
+        with pytest.raises(NotReleasedError, match="4 of 4 values differ"):
+            device.install(digest, shop.fetch)
+    else:
+        assert device.install(digest, shop.fetch) == "ok"
+
+
 def test_devices_go_back_as_far_as_they_came(tmp_path: Path) -> None:
     fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1")
     digests = [str(n) * 64 for n in range(3)]
@@ -260,8 +288,11 @@ def test_a_width_that_is_not_known_is_asked_for() -> None:
         releases.widths(mixed(), ["strange"], reports, {"strange": 1})
 
 
-def test_each_width_is_a_release_of_its_own(tmp_path: Path) -> None:
+def test_each_width_is_a_release_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ai_edge_litert")
+    monkeypatch.setattr(_measure, "memory_mb", lambda *of: (1.0, False))  # two processes each
     run, fleet = (
         tmp_path / "run",
         Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1"),
