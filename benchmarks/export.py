@@ -18,9 +18,10 @@ TensorRT.
     python benchmarks/export.py --words FOLDER   # FOLDER: DIGIT_SPEAKER_N.wav, for ds_cnn
     python benchmarks/export.py --exporters litert,onnx --models mlp,imu_cnn
 
-The results file has a record per model, width and runtime, with its date, processor and versions; a
-rerun, perhaps in an environment with other runtimes, adds what is missing (`--again` measures all
-anew). Trained networks are kept below `--work`.
+The results file has a record per model, width, runtime and processor, with its date; a rerun,
+perhaps on another machine or in an environment with other runtimes, adds what is missing (`--again`
+measures all anew). Trained networks are kept below `--work`. Records of 2026-11-24 are of networks
+that were trained for three epochs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import gc
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -298,7 +300,7 @@ def row(cell: Mapping[str, Any]) -> dict[str, Any]:
     shown = {key: cell[key] for key in ("model", "bits", "runtime")}
     if "agreement" in cell:
         shown["agreement"] = f"{100 * cell['agreement']:.2f}"
-        shown |= {key: cell[key] for key in ("steps", "device_steps")}
+        shown |= {key: cell.get(key) for key in ("steps", "device_steps")}
     if "refused" in cell:
         return {**shown, "metric": f"refused: {cell['refused']}"}
     metric: Metric = metric_named(cell["metric"])
@@ -357,11 +359,15 @@ def report(out: Path, cells: list[dict[str, Any]]) -> None:
     """Write the results so far."""
     order = list(SUBJECTS)
     cells.sort(key=lambda c: (order.index(c["model"]), -c["bits"], c["runtime"] != INTEGERS))
-    plain = [cell for cell in cells if "energy" not in cell]
-    text = [str(__doc__).strip(), table(COLUMNS, map(row, plain))]
+    text = [str(__doc__).strip()]
+    for cpu in sorted({cell["cpu"] for cell in cells}):
+        plain = [cell for cell in cells if "energy" not in cell and cell["cpu"] == cpu]
+        dates = sorted({cell["date"] for cell in plain})
+        text += [f"## {cpu}, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"]
+        text += [table(COLUMNS, map(row, plain))]
     thin = [factored_row(cell) for cell in cells if "energy" in cell]
     if thin:
-        text += [f"Factors, for {FACTORED_FOR}, of the same float networks:"]
+        text += [f"## Factors, for {FACTORED_FOR}, of the same float networks"]
         text += [table(FACTORED_COLUMNS, thin)]
     write(out, "export", "int8 and float in the devices' runtimes", text, {"cells": cells})
 
@@ -387,8 +393,11 @@ def main() -> None:
             subjects, widths, arguments.work = {"mlp": QUICK}, widths[:1], Path(folder)
         every = {**SUBJECTS, **subjects}
         settings = {name: f"{subject} seed {arguments.seed}" for name, subject in every.items()}
-        cells = earlier_cells(arguments.out, "export", settings, "model")
-        done = {(c["model"], c["bits"], c["runtime"], c.get("energy")) for c in cells}
+        cells = earlier(arguments.out, settings)
+        here = {"cpu": when_and_where()["cpu"]}
+        done = {
+            (c["model"], c["bits"], c["runtime"], c.get("energy")) for c in cells if c | here == c
+        }
         networks = Networks(arguments.work, arguments.seed, arguments.words)
         for model, subject in subjects.items():
             for bits in widths:
@@ -410,7 +419,7 @@ def main() -> None:
                         if name == INTEGERS
                         else executed(source, fedq.build("exporter", name))
                     )
-                    cells = without(cells, {**key, "energy": None})
+                    cells = without(cells, {**key, **here, "energy": None})
                     about = {"settings": settings[model], **when_and_where()}
                     cells.append({**key, **measured, **about})
                     print(row(cells[-1]), flush=True)
@@ -422,8 +431,16 @@ def main() -> None:
                 if model in subjects and (arguments.again or tuple(key.values()) not in done):
                     measured = factored(networks, model, subjects[model], energy)
                     about = {"settings": settings[model], **when_and_where()}
-                    cells = [*without(cells, key), {**key, **measured, **about}]
+                    cells = [*without(cells, {**key, **here}), {**key, **measured, **about}]
                     report(arguments.out, cells)
+
+
+def earlier(out: Path, settings: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the cells of the same settings, and those of other processors."""
+    own, path = earlier_cells(out, "export", settings, "model"), out / "export.json"
+    every = json.loads(path.read_text()).get("cells", []) if path.exists() else []
+    cpu = when_and_where()["cpu"]
+    return [cell for cell in every if cell in own or cell["cpu"] != cpu]
 
 
 def without(cells: list[dict[str, Any]], key: Mapping[str, Any]) -> list[dict[str, Any]]:
