@@ -95,7 +95,7 @@ SUBJECTS = {
     "autoencoder": Subject("vibration", epochs=10, learning_rate=0.1, momentum=0.0),
     "ds_cnn": Subject("spoken_digits", {"held_out": 15}, epochs=10, learning_rate=0.03),
     "resnet8": Subject("mnist5k", epochs=3, learning_rate=0.03),
-    "mobilenet": Subject("mnist5k", epochs=6, after=3, learning_rate=0.03, enlarged=2),
+    "mobilenet": Subject("mnist5k", epochs=4, after=1, learning_rate=0.03, enlarged=2),
 }
 QUICK = dataclasses.replace(SUBJECTS["mlp"], epochs=1, after=1)
 COLUMNS = {

@@ -68,7 +68,8 @@ def gains(found: Cells) -> str:
         if bits == 8:
             litert = by["litert"]
             size = f"{_digits(litert['float_bytes'] / 1000)} → {_digits(litert['bytes'] / 1000)}"
-            narrow = [found[model, less]["litert"].get("packed_bytes") for less in (4, 2)]
+            narrower = (found.get((model, less), {}).get("litert", {}) for less in (4, 2))
+            narrow = [cell.get("packed_bytes") for cell in narrower]
             packed = " / ".join(_digits(count / 1000) if count else "-" for count in narrow)
             rows.append([f"`{model}`", *(_gain(by.get(name)) for name in GAINS), size, packed])
     heads = [f"{PARITY[name]}, µs" for name in GAINS]
