@@ -90,10 +90,10 @@ def release(
         watch(2, 4, f"{exporter.name}: executing")
         classes = source.dataset.classes > 0
         parity = _gate.compare(exporter, model, graph, x, simulated, classes=classes)
-        beside = _gate.parity_of(
+        aside = _gate.parity_of(
             parity.logits, expected, trained, parity.operators, classes=classes
         )
-        _gate.check(parity, beside if graph is trained else None, graph, exporter, steps)
+        _gate.check(parity, aside if graph is trained else None, graph, exporter, steps)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
         task = source.task
@@ -115,9 +115,9 @@ def release(
             "parity": {
                 "examples": parity.examples,
                 "agreement": parity.agreement,
-                "agreement_with_training": beside.agreement,
+                "agreement_with_training": aside.agreement,
                 "largest_difference_steps": parity.largest_steps,
-                "steps_from_training": beside.largest_steps,
+                "steps_from_training": aside.largest_steps,
                 "logits_that_differ": parity.moved,
                 "integer_operators": dict(parity.operators.integer),
                 "float_operators": dict(parity.operators.fallback),
