@@ -90,9 +90,7 @@ def release(
         watch(2, 4, f"{exporter.name}: executing")
         classes = source.dataset.classes > 0
         parity = _gate.compare(exporter, model, graph, x, simulated, classes=classes)
-        aside = _gate.parity_of(
-            parity.logits, expected, trained, parity.operators, classes=classes
-        )
+        aside = _gate.parity_of(parity.logits, expected, trained, parity.operators, classes=classes)
         _gate.check(parity, aside if graph is trained else None, graph, exporter, steps)
         float_logits = _gate.run(exporter, twin, x)
         watch(3, 4, f"{exporter.name}: measuring")
