@@ -65,7 +65,7 @@ def gains(found: Cells) -> str:
     """Return the table of latencies and sizes of 8 bits beside float."""
     rows = []
     for (model, bits), by in found.items():
-        if bits == 8:
+        if bits == 8 and "litert" in by:
             litert = by["litert"]
             size = f"{_digits(litert['float_bytes'] / 1000)} → {_digits(litert['bytes'] / 1000)}"
             narrower = (found.get((model, less), {}).get("litert", {}) for less in (4, 2))
