@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from fedq.errors import ConfigError
+
 #: Bits of a weight that is not quantized.
 FLOAT_BITS = 32
 
@@ -77,3 +79,33 @@ def width_for(widths: Sequence[int], speed: float | None, median: float | None) 
         return bits.index(max(bits))
     wanted = max(bits) * min(speed / median, 1.0)
     return min(range(len(bits)), key=lambda place: abs(math.log(bits[place] / wanted)))
+
+
+def variant_of(variants: Sequence[str], said: object, asked: str | None, number: int) -> int:
+    """Return which of several kinds a device is: it says so itself, or it was asked, or its number.
+
+    Args:
+      variants: Names of the kinds, such as ``w8``.
+      said: Bits of weights by the device's own configuration; 0 is float, None leaves it open.
+      asked: By the server, a name; None leaves it open.
+      number: Of the client.
+
+    Raises:
+      ConfigError: If there is no such kind.
+
+    Example:
+      >>> [variant_of(["w8", "w2"], *of) for of in ((2, "w8", 0), (None, "w2", 0), (None, None, 3))]
+      [1, 1, 1]
+    """
+    if len(variants) > 1 and said is not None:
+        name = f"w{said}" if str(said) != "0" else "float"
+        if name not in variants:
+            raise ConfigError(
+                f"weight-bits={said} is none of the federation's widths: {', '.join(variants)}"
+            )
+        return variants.index(name)
+    if asked is None:
+        return number % len(variants)
+    if asked not in variants:
+        raise ConfigError(f"the request names a width that is not there: {asked!r}")
+    return variants.index(asked)

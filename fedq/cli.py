@@ -212,7 +212,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,NAME...]",
         help="runtimes, as listed below",
     )
-    export.add_argument("--out", type=Path, help="directory (default: RUN/export); one per runtime")
+    export.add_argument(
+        "--out",
+        type=Path,
+        help="directory (default: RUN/export, RUN/export/WIDTH with --width); one per runtime",
+    )
     export.add_argument(
         "--quantization",
         help="post-training quantization, as NAME or 'NAME OPTION=VALUE ...' (default: the run's "
@@ -229,6 +233,14 @@ def _parser() -> argparse.ArgumentParser:
         "--width",
         metavar="NAME",
         help="of a run with clients of several widths, such as w4 (default: the first)",
+    )
+    export.add_argument(
+        "--factorise",
+        type=float,
+        metavar="ENERGY",
+        help="replace layers by products of thin ones that keep this share of each weight's "
+        "squared norm, such as 0.9, where that saves parameters; refused if the file does not "
+        "become smaller",
     )
     export.add_argument(
         "--steps",
@@ -567,8 +579,10 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from fedq.export._release import release
     from fedq.export._source import source
 
-    network = source(experiment, tensors, quantization, options.calibrate, options.width)
-    folder = options.out or options.directory / "export"
+    network = source(
+        experiment, tensors, quantization, options.calibrate, options.width, options.factorise
+    )
+    folder = options.out or options.directory / "export" / (options.width or "")
     released = []
     for exporter in exporters:
         with progress.steps(Console(stderr=True)) as watch:
@@ -580,6 +594,8 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     console.print(exports.table(released))
     for item in released:
+        if (factored := exports.factored(item.report)) is not None:
+            console.print(factored, soft_wrap=True, highlight=False)
         console.print(f"wrote {item.path}", soft_wrap=True, highlight=False)
     return 0
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedq import records, registry, sealing, secure_client, wire
+from fedq.capacity import variant_of
 from fedq.codecs.base import Codec, decode
 from fedq.codecs.error_feedback import ErrorFeedback
 from fedq.codecs.identity import Identity
@@ -524,18 +525,7 @@ class Client:
     ) -> int:
         """Return which kind of client this is: its device says, or the request, or its number."""
         said, asked = context.node_config.get(WIDTH_KEY), metadata.get("width")
-        if said is None or len(variants) == 1:
-            if asked is None:
-                return self.site.identity(context) % len(variants)
-            if asked not in variants:
-                raise ConfigError(f"the request names a width that is not there: {asked!r}")
-            return variants.index(asked)
-        name = "float" if str(said) == "0" else f"w{said}"
-        if name not in variants:
-            raise ConfigError(
-                f"{WIDTH_KEY}={said} is none of the federation's widths: {', '.join(variants)}"
-            )
-        return variants.index(name)
+        return variant_of(variants, said, asked, self.site.identity(context))
 
 
 def _train(

@@ -22,16 +22,18 @@ from fedq import config
 from fedq.cli import main
 from fedq.data.base import Dataset
 from fedq.errors import ConfigError, FedqError
+from fedq.experiment import Experiment
 from fedq.export import _gate, _packing, _reference, runner
-from fedq.export._convert import _Converter, convert
+from fedq.export._convert import _Converter, convert, with_device_biases
 from fedq.export._gate import ParityError
 from fedq.export._graph import Conv, Graph, Linear
 from fedq.export._release import _check_grids, release
-from fedq.export._source import Source, source
+from fedq.export._source import Source, outputs, source
 from fedq.export.base import Exporter
 from fedq.models import create
 from fedq.quantization.integer import activation_grid, integer_weight
 from fedq.registry import table
+from fedq.report import exports
 from fedq.results import read_config, read_model
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -141,6 +143,11 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         assert (apart > 0).double().mean() < near
     assert all(op.weights.bits <= 8 for op in graph.weighted)
     assert steps_between(graph, given.network, x) <= END_TO_END.get(model, 1)
+    # Biases are all that tells the integers from training, but for ties of float sums.
+    held = outputs(with_device_biases(given.network, given.dataset.input_shape), x)
+    apart = np.abs(_reference.logits(graph, x) - held) / graph.output.grid.scale
+    assert (apart > 0.5).mean() <= 0.005
+    assert apart.max() < END_TO_END.get(model, 1) + 0.5
 
 
 def _fake_quantized(converter: _Converter, x: np.ndarray) -> dict[Any, torch.Tensor]:
@@ -202,6 +209,11 @@ def test_batch_normalisation_folds_into_the_same_integers_up_to_sign() -> None:
     layer = given.network.get_submodule("depthwise")
     raw = integer_weight(layer, "depthwise").values.astype(int)
     folded = next(op for op in graph.weighted if op.path == "depthwise").weights
+    before = {name: t.clone() for name, t in given.network.state_dict().items()}
+    x = given.dataset.test_inputs()
+    held = outputs(with_device_biases(given.network, given.dataset.input_shape), x)
+    assert (np.abs(_reference.logits(graph, x) - held) < graph.output.grid.scale / 2).all()
+    assert all((t == before[name]).all() for name, t in given.network.state_dict().items())
     gain = given.network.get_submodule("norm2").weight.detach().numpy()
     alive = gain != 0
     signs = np.sign(gain).reshape(-1, 1, 1, 1)
@@ -566,6 +578,60 @@ def test_the_runner_explains_its_data(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "export.json is missing" in said[3]
     assert "is damaged" in said[4]
     assert "the model takes (4,)" in said[5]
+
+
+# --- factors ------------------------------------------------------------------------------------
+
+
+def deep(hidden: int, rank: int) -> tuple[Experiment, dict[str, np.ndarray]]:
+    """Return a network whose middle layer is nearly of a low rank, as a run leaves it."""
+    experiment = config.load(["data=digits", "model=mlp", f"model.hidden=[{hidden},{hidden}]"])
+    network = create(experiment.model, (1, 8, 8), 10)
+    rng = np.random.default_rng(0)
+    thin, wide = rng.normal(size=(2, hidden, rank)).astype(np.float32)
+    middle = wide @ thin.T / hidden + 1e-3 * rng.normal(size=(hidden, hidden))
+    tensors = {name: t.numpy() for name, t in network.state_dict().items()}
+    return experiment, {**tensors, "fc2.weight": middle.astype(np.float32)}
+
+
+def test_factors_make_a_smaller_file_that_computes_nearly_the_same(tmp_path: Path) -> None:
+    experiment, tensors = deep(hidden=64, rank=4)
+    given = source(experiment, tensors, experiment.quantization, energy=0.99)
+    assert given.whole is not None
+    thin = given.network.get_submodule("fc2.0").weight
+    assert thin.shape == (4, 64)
+    x = given.dataset.test_inputs()
+    whole, factored = (outputs(one.network, x) for one in (given.whole, given))
+    assert np.abs(whole - factored).mean() < 0.05 * whole.std()
+    released = release(given, exporter_of("onnx"), tmp_path, steps=2)
+    told = released.report["factored"]
+    assert told["bytes"] == released.path.stat().st_size < told["whole_bytes"] - 2000
+    assert released.report["parameters"] < told["parameters"]
+    words = exports.factored(released.report)
+    assert words is not None
+    assert words.startswith("onnx: factors keep 99 % of each weight's energy: ")
+
+
+def test_factors_that_save_nothing_are_refused(tmp_path: Path) -> None:
+    experiment, tensors = deep(hidden=64, rank=4)
+    with pytest.raises(ConfigError, match=r"--factorise 1 makes no layer .* smaller"):
+        source(experiment, tensors, experiment.quantization, energy=1.0)
+    experiment, tensors = deep(hidden=24, rank=10)  # 96 weights less, and one more layer
+    given = source(experiment, tensors, experiment.quantization, energy=0.9999)
+    with pytest.raises(ConfigError, match=r"--factorise 0\.9999 makes the file .* larger, "):
+        release(given, exporter_of("onnx"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantizers_of_a_float_run_begin_with_its_weights() -> None:
+    experiment, tensors = deep(hidden=32, rank=32)
+    grown = {name: 10 * t for name, t in tensors.items()}  # far from what they were built with
+    for preset in ("codebook2", "lsq2"):
+        quantization = config.load([f"quantization={preset}"]).quantization
+        layer: Any = source(experiment, grown, quantization).network.get_submodule("fc2")
+        weight = layer.weight.detach()
+        error = (layer.weight_quantizer(weight) - weight).square().mean() / weight.square().mean()
+        assert error < 0.3
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ A raw weight ``w = q s`` under ``gain (conv(x, w) + b - mean) / deviation + shif
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,35 @@ def convert(model: nn.Module, input_shape: Sequence[int]) -> Graph:
     return _Converter(model.eval(), tuple(input_shape)).run()
 
 
+def with_device_biases(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
+    """Return a copy of a network with fake quantizers whose biases are those of its integer graph.
+
+    Devices hold biases as int32 multiples of the products of steps. That is all that tells the
+    integers from training: this copy gives their outputs exactly, up to ties of float sums.
+
+    Args:
+      model: As for :func:`convert`.
+      input_shape: One example, channels first.
+    """
+    twin = copy.deepcopy(model).eval()
+    assert isinstance(twin, PreparedModel)
+    converter = _Converter(twin, tuple(input_shape))
+    graph = converter.run()
+    with torch.no_grad():
+        for op in graph.weighted:
+            layer, norm = twin.get_submodule(op.path), converter.norms[op.path]
+            gain, bias = _folded(layer, norm)
+            held = op.weights.bias * (op.input.grid.scale * op.weights.scales.astype(np.float64))
+            moved = torch.from_numpy(held - bias)
+            if isinstance(norm, _BATCH_NORMS) and not norm.affine:
+                assert norm.running_mean is not None
+                norm.running_mean -= moved / torch.from_numpy(gain)
+            elif (shift := (norm or layer).bias) is not None:
+                assert isinstance(shift, Tensor)
+                shift += moved
+    return twin
+
+
 class _Converter:
     def __init__(self, model: PreparedModel, input_shape: tuple[int, ...]) -> None:
         self.module = fx.GraphModule(model, model.graph)
@@ -82,6 +112,8 @@ class _Converter:
         #: Zeros around a value that is not padded yet: the convolutions behind it do that.
         self.zeros: dict[fx.Node, Pairs] = {}
         self.operators: list[Operator] = []
+        #: The normalisation that is folded into each layer, by the layer's path.
+        self.norms: dict[str, nn.Module | None] = {}
         self.done: set[fx.Node] = set()
 
     def run(self) -> Graph:
@@ -137,6 +169,7 @@ class _Converter:
         layer = self._module(node)
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
         norm = next((m for n in chain if isinstance(m := self._module(n), _BATCH_NORMS)), None)
+        self.norms[str(node.target)] = norm
         source = self._value(node.all_input_nodes[0])
         output = self._output(chain)
         weights = _weights(layer, str(node.target), norm, source.grid, output.grid)
@@ -433,21 +466,9 @@ def _weights(
     output: IntegerGrid,
 ) -> Weights:
     integer = integer_weight(layer, path)
-    channels = len(integer.scales)
-    bias = np.zeros(channels) if layer.bias is None else _array(layer.bias)
-    gain = np.ones(channels)
-    if norm is not None:
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        if norm.running_mean is None or norm.running_var is None:
-            raise ConfigError(
-                f"the batch normalisation after {path} has no running statistics to fold"
-            )
-        gain = 1 / np.sqrt(_array(norm.running_var) + norm.eps)
-        if norm.affine:
-            gain = gain * _array(norm.weight)
-        bias = (bias - _array(norm.running_mean)) * gain
-        if norm.affine:
-            bias = bias + _array(norm.bias)
+    if norm is not None and getattr(norm, "running_mean", None) is None:
+        raise ConfigError(f"the batch normalisation after {path} has no running statistics to fold")
+    gain, bias = _folded(layer, norm)
     if not (np.isfinite(gain).all() and np.isfinite(bias).all()):
         raise ConfigError(f"the bias or normalisation of {path} is not finite; train again")
     shape = (-1, *[1] * (integer.values.ndim - 1))
@@ -474,6 +495,19 @@ def _weights(
         float_values=weight.astype(np.float32),
         float_bias=bias.astype(np.float32),
     )
+
+
+def _folded(layer: Any, norm: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what a layer's normalisation multiplies it by, and the bias of both together."""
+    channels = len(layer.weight)
+    bias = np.zeros(channels) if layer.bias is None else _array(layer.bias)
+    if norm is None:
+        return np.ones(channels), bias
+    gain = 1 / np.sqrt(_array(norm.running_var) + norm.eps)
+    if norm.affine:
+        gain = gain * _array(norm.weight)
+    bias = (bias - _array(norm.running_mean)) * gain
+    return gain, bias + _array(norm.bias) if norm.affine else bias
 
 
 def _array(tensor: Tensor) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """The parity gate: nothing is released that its own runtime does not compute as training did.
 
-It executes the written file on the test set and compares with the network with fake quantizers,
-counts what the runtime computes in integers, and refuses silent float fall-back.
+It executes the written file on the test set, compares with the network with fake quantizers, its
+biases as the file holds them and as trained, counts what the runtime computes in integers, and
+refuses silent float fall-back.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ WITHIN, FAR = 0.99, 3
 
 
 class ParityError(FedqError):
-    """The exported file does not compute what was trained; it is not released."""
+    """The exported file does not compute what was trained; it is not released.
+
+    Attributes:
+      parity: How it compares.
+      trained: How it compares with the network as trained.
+    """
+
+    def __init__(self, message: str, parity: Parity, trained: Parity | None) -> None:
+        super().__init__(message)
+        self.parity, self.trained = parity, trained
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,12 @@ class Parity:
             found.append(f"only {count} of {len(graph.weighted)} layers run in integers")
         if not np.isfinite(self.logits).all():
             found.append("it gives NaN or infinity")
-        most = steps if self.differing is not None else FAR * steps
-        if self.largest_steps > most:
+        return found + self.apart(steps if self.differing is not None else FAR * steps)
+
+    def apart(self, most: int | None) -> list[str]:
+        """Return in which way outputs are too far apart: more than ``most`` steps, or too often."""
+        found = []
+        if most is not None and self.largest_steps > most:
             found.append(f"logits differ by {self.largest_steps} output steps, more than {most}")
         if self.differing is None and self.within < WITHIN:
             found.append(f"{1 - self.within:.1%} of the outputs differ by more than {STEPS} step")
@@ -99,26 +113,56 @@ def compare(
       classes: Whether the largest output is the answer.
     """
     logits = run(exporter, path, x)
+    return parity_of(logits, expected, graph, exporter.operators(path), classes=classes)
+
+
+def parity_of(
+    logits: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    graph: Graph,
+    operators: Operators,
+    *,
+    classes: bool = True,
+) -> Parity:
+    """Compare what a file gave with what was expected; see :func:`compare`."""
     grid = graph.output.grid
     steps = np.rint((np.nan_to_num(logits, nan=1e30) - expected) / np.float32(grid.scale))
     return Parity(
-        examples=len(x),
+        examples=len(logits),
         differing=int((logits.argmax(1) != expected.argmax(1)).sum()) if classes else None,
         within=float((np.abs(steps) <= STEPS).mean()),
         largest_steps=int(min(np.abs(steps).max(), 2.0**31)),
         moved=float((steps != 0).mean()),
-        operators=exporter.operators(path),
+        operators=operators,
         logits=logits,
     )
 
 
-def check(parity: Parity, graph: Graph, exporter: Exporter, steps: int = STEPS) -> None:
-    """Raise :class:`ParityError` with all that is wrong, if anything is."""
+def check(
+    parity: Parity,
+    trained: Parity | None,
+    graph: Graph,
+    exporter: Exporter,
+    steps: int = STEPS,
+) -> None:
+    """Raise :class:`ParityError` with all that is wrong, if anything is.
+
+    Args:
+      parity: Of the file, against the network with the biases that the file holds.
+      trained: Against the network as trained; None if its grids are others.
+      graph: What was written.
+      exporter: Whose file it is.
+      steps: Largest difference of a logit.
+    """
     failures = parity.failures(graph, steps)
+    if trained is not None and not failures:
+        failures = [f"beside the network as trained {words}" for words in trained.apart(None)]
     if failures:
         raise ParityError(
             f"exporter={exporter.name} does not pass the parity gate, and nothing was released:"
-            f" {'; '.join(failures)}"
+            f" {'; '.join(failures)}",
+            parity,
+            trained,
         )
 
 

@@ -15,28 +15,29 @@ from numpy.typing import NDArray
 from fedq.errors import FedqError
 from fedq.export import runner
 
-_ROUNDS = 9
-_ROUND_S = 0.02
+_TURNS = 25
+_TURN_S = 0.01
 
 
 def latencies_us(
-    networks: Sequence[runner.Network], example: NDArray[np.float32], round_s: float = _ROUND_S
-) -> list[float]:
-    """Return the CPU time of one invocation of each network, in microseconds.
+    networks: Sequence[runner.Network], example: NDArray[np.float32], turn_s: float = _TURN_S
+) -> NDArray[np.float64]:
+    """Return the CPU time of one invocation of each network, in microseconds: (turns, networks).
 
-    They take turns, so that a busy machine slows all alike; the fastest of nine turns counts. CPU
-    time of this process does not grow while others run.
+    They take short turns, so that what else the machine does slows all alike, and ratios within a
+    turn compare. CPU time of this process does not grow while others run, but caches are shared.
     """
     counts = []
     for network in networks:
         network.put(example)
         network.invoke()
-        counts.append(max(1, round(round_s / max(_seconds(network, 3), 1e-7))))
-    best = [float("inf")] * len(networks)
-    for _ in range(_ROUNDS):
-        for i, (network, count) in enumerate(zip(networks, counts, strict=True)):
-            best[i] = min(best[i], _seconds(network, count))
-    return [1e6 * seconds for seconds in best]
+        counts.append(max(1, round(turn_s / max(_seconds(network, 3), 1e-7))))
+    return 1e6 * np.array(
+        [
+            [_seconds(network, count) for network, count in zip(networks, counts, strict=True)]
+            for _ in range(_TURNS)
+        ]
+    )
 
 
 def _seconds(network: runner.Network, count: int) -> float:

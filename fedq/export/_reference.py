@@ -15,6 +15,8 @@ from fedq.export import _graph
 from fedq.export._graph import Graph, Operator, Value, Weights, bounds
 from fedq.quantization.integer import IntegerGrid
 
+_BATCH = 100
+
 
 def run(graph: Graph, x: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the integers of the logits, (n, classes), for inputs (n, *input_shape)."""
@@ -25,6 +27,13 @@ def run(graph: Graph, x: NDArray[np.float32]) -> NDArray[np.int64]:
         values[op.output] = _step(op, values)
     out: NDArray[np.int64] = values[graph.output].numpy().astype(np.int64)
     return out
+
+
+def logits(graph: Graph, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logits as numbers, in batches that bound memory."""
+    grid = graph.output.grid
+    parts = [run(graph, x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)]
+    return (np.float32(grid.scale) * (np.concatenate(parts) - grid.zero_point)).astype(np.float32)
 
 
 def _step(op: Operator, values: dict[Value, Tensor]) -> Tensor:

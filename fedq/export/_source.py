@@ -16,10 +16,10 @@ from fedq import random, registry
 from fedq.data.base import Dataset, load
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
-from fedq.models.base import create
+from fedq.models.base import count_parameters, create
+from fedq.models.low_rank import factorise
 from fedq.models.structure import without_empty_channels
 from fedq.quantization.base import Quantization
-from fedq.quantization.fake import FakeQuantizer
 from fedq.quantization.placement import ACTIVATIONS
 from fedq.tasks.base import Task
 
@@ -40,12 +40,16 @@ class Source:
       quantization: Whose quantizers they are.
       dataset: The run's.
       calibrated: Training examples that the ranges are of; 0 if they are the federation's.
+      energy: What factors keep of each weight's squared norm; None if none was factored.
+      whole: The same network before it was factored.
     """
 
     network: nn.Module
     quantization: Quantization
     dataset: Dataset
     calibrated: int
+    energy: float | None = None
+    whole: Source | None = None
 
     @property
     def task(self) -> Task:
@@ -74,6 +78,7 @@ def source(
     quantization: Quantization,
     calibrate: int | None = None,
     width: str | None = None,
+    energy: float | None = None,
 ) -> Source:
     """Return a run's network with a quantization's quantizers.
 
@@ -85,45 +90,71 @@ def source(
         none if the run has trained these ranges, else :data:`CALIBRATION`.
       width: Of a run with clients of several widths: whose ranges and statistics, such as ``w4``;
         None is the first.
+      energy: Factor layers of the float twin, keeping this share of each weight's squared norm
+        (:func:`fedq.models.low_rank.factorise`); ranges are then of training examples.
 
     Raises:
-      ConfigError: If the tensors do not belong to the experiment's model, or the run has no such
-        width.
+      ConfigError: If the tensors do not belong to the experiment's model, the run has no such
+        width, or no layer becomes smaller.
     """
     if calibrate is not None and calibrate < 1:
         raise ConfigError(f"--calibrate must be at least 1 example, not {calibrate}")
     dataset = load(experiment.data)
-    float_network = create(experiment.model, dataset.input_shape, dataset.outputs)
+    network = create(experiment.model, dataset.input_shape, dataset.outputs)
     width = width or experiment.quantization.variants[0]
     if width not in experiment.quantization.variants:
         trained = ", ".join(filter(None, experiment.quantization.variants)) or "one width"
         raise ConfigError(f"the run has no width {width}; it was trained with {trained}")
-    tensors = _of_width(tensors, experiment.quantization.variants, width)
+    every, tensors = tensors, _of_width(tensors, experiment.quantization.variants, width)
     variant = quantization.variants.index(width) if width in quantization.variants else 0
-    network = quantization.prepare(float_network, variant).eval()
-    wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
-    own = {name for name in wanted if not _of_quantizer(network, name)}
+    own = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     given = set(tensors)
     plain = {name for name in given if not name.startswith(f"{ACTIVATIONS}.")}
     lacking = own - given
-    strange = {name for name in plain - wanted if "weight_quantizer" not in name}
+    strange = {name for name in plain - own if "weight_quantizer" not in name}
     if lacking or strange:
         name = sorted(lacking or strange)[0]
         raise FedqError(
             f"model.safetensors is not of the model that config.yaml describes"
             f" ({'no ' if lacking else ''}{name}); give the run directory as it was written"
         )
+    # Before quantizers come, some of which begin with what they see of the weights.
+    _fill(network, {name: tensors[name] for name in own})
+    if energy is not None:
+        if experiment.pruning.active:
+            without_empty_channels(network)
+        network = _factored(network, energy)
+    network = quantization.prepare(network, variant).eval()
+    wanted = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     if calibrate is None and wanted <= given:
         count = 0
     else:
         count = calibrate or CALIBRATION
         given = plain  # ranges anew
-    _fill(network, {name: tensors[name] for name in wanted & given})
-    if experiment.pruning.active:
-        without_empty_channels(network)
+    if energy is None:
+        _fill(network, {name: tensors[name] for name in wanted & given})
+        if experiment.pruning.active:
+            without_empty_channels(network)
     if count and hasattr(network, ACTIVATIONS):
         count = _calibrate(network, dataset, count, experiment.seed)
-    return Source(network, quantization, dataset, count)
+    whole = None
+    if energy is not None:
+        whole = source(experiment, every, quantization, calibrate, width)
+    return Source(network, quantization, dataset, count, energy, whole)
+
+
+def _factored(network: nn.Module, energy: float) -> nn.Module:
+    """Return the network with thin layers that keep this share of each weight's squared norm."""
+    before = count_parameters(network)
+    factored = factorise(network, energy=energy)
+    after = count_parameters(factored)
+    if after >= before:
+        raise ConfigError(
+            f"--factorise {energy:g} makes no layer between the first and the last smaller; give"
+            " less than that, or leave it out"
+        )
+    LOG.info("factored: %d parameters of %d are left", after, before)
+    return factored
 
 
 def _of_width(tensors: Mapping[str, Any], widths: Sequence[str], width: str) -> dict[str, Any]:
@@ -134,10 +165,6 @@ def _of_width(tensors: Mapping[str, Any], widths: Sequence[str], width: str) -> 
     weights = {name: t for name, t in tensors.items() if not name.startswith(states)}
     own = f"{width}."
     return weights | {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
-
-
-def _of_quantizer(network: nn.Module, name: str) -> bool:
-    return isinstance(network.get_submodule(name.rpartition(".")[0]), FakeQuantizer)
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Any]) -> None:

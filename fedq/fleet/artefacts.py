@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedq.errors import FedqError
 from fedq.fleet import identity
 
@@ -36,6 +38,8 @@ MAX_MANIFEST_BYTES, MAX_RELEASE_BYTES = 1 << 16, 1 << 28
 #: As in the parity gate of an export: one example may stand at a tie.
 AGREEMENT, CHECK_S = 0.998, 600.0
 CURRENT = "current"
+#: What the runner says of examples, by task.
+ANSWERS = ("classes", "values", "errors")
 
 #: Returns part of a release's file: digest, name, offset.
 Fetch = Callable[[str, str, int], bytes]
@@ -164,8 +168,10 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> str:
         if "is not installed" in words[0]:
             return words[0].removeprefix("runner: ")
         raise NotReleasedError(f"it does not run here: {words[0]}")
-    classes = json.loads(done.stdout)["classes"]
-    differing = sum(a != b for a, b in zip(classes, expected, strict=True))
+    kind = manifest.get("answers", ANSWERS[0])
+    apart = np.abs(np.subtract(json.loads(done.stdout)[kind], expected, dtype=np.float64))
+    far = (apart > manifest.get("tolerance", 0.0)).reshape(len(expected), -1)
+    differing = int(far.any(1).sum())
     if differing > max(1, (1 - AGREEMENT) * len(expected)):
-        raise NotReleasedError(f"{differing} of {len(expected)} classes differ from the server's")
+        raise NotReleasedError(f"{differing} of {len(expected)} {kind} differ from the server's")
     return "ok"

@@ -108,6 +108,11 @@ def add_parser(commands: Any) -> None:
     )
     deploy.add_argument("--to", default="litert", help="runtime, as for fedq export")
     deploy.add_argument(
+        "--width",
+        metavar="NAME",
+        help="of a run with clients of several widths, such as w4 (default: each device's own)",
+    )
+    deploy.add_argument(
         "--rollback", action="store_true", help="no run: what the devices ran before"
     )
     deploy.add_argument(
@@ -382,15 +387,22 @@ def _deploy(options: argparse.Namespace) -> int:
     names = names or list(fleet.devices)
     if not names:
         raise ConfigError("this fleet has no devices; add some with fedq fleet add NAME")
+    widths: dict[str, str] = {}
     if options.rollback:
         releases.go_back(fleet, names)
     else:
-        releases.want(fleet, names, releases.make(fleet, run, options.to))
+        widths = releases.assigned(fleet, run, names, options.width)
+        made = {one: releases.make(fleet, run, options.to, one) for one in set(widths.values())}
+        releases.want(fleet, {name: made[width] for name, width in widths.items()})
     if fleet.pid() is not None:
         control.announce(fleet)
     found = status.wait_for_releases(fleet, names, options.wait)
+    for name, release in found.items():
+        if widths.get(name):
+            release["width"] = widths[name]
     lines = [
-        f"{name:20} {release['runs'][:12]:12} {release['said']}" for name, release in found.items()
+        f"{name:20} {release['runs'][:12]:12} {release.get('width', ''):4} {release['said']}"
+        for name, release in found.items()
     ]
     _tell(options, {"devices": found}, *lines)
     return 0 if all(release["runs"] == release["wanted"] for release in found.values()) else FAILURE

@@ -129,8 +129,9 @@ class _Node:
         self.refused = ""
         if current := self.artefacts.current:
             self.link.report["artefact"] = current
-        if "weight-bits" in self.device.node:
-            self.link.report["weight_bits"] = self.device.node["weight-bits"]
+        for key in ("weight-bits", "partition-id"):  # what decides the width of its weights
+            if key in self.device.node:
+                self.link.report[key.replace("-", "_")] = self.device.node[key]
         self.moved = self.asked = time.monotonic()
         self.worked = -math.inf
         self.runs: dict[int, dict[str, Any]] = {}

@@ -79,6 +79,7 @@ FIGURES = frozenset(
     {
         *("clock_s", "load", "temperature_c", "throttled", "memory_mb", "free_mb", "ram_mb"),
         *("cores", "weight_bits", "images_s", "up_bytes_s", "round"),
+        "partition_id",
     }
 )
 WORDS = frozenset({"fedq", "flwr", "artefact", "artefact_state"})

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from fedq.capacity import Capacity
 from fedq.fleet.files import write_json
 
 #: A piece of an update takes about so long: what a failure costs, and no timeout sees.
@@ -84,6 +86,13 @@ class Profile:
             return otherwise
         piece = 1 << math.floor(math.log2(max(self.up_bytes_s * PIECE_S, 1)))
         return min(max(piece, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
+
+
+def capacity_of(report: Mapping[str, Any]) -> Capacity:
+    """Return what a device's report says that it can do."""
+    up_bytes_s = positive(report.get("up_bytes_s"))
+    uplink_mbps = None if up_bytes_s is None else 8e-6 * up_bytes_s
+    return Capacity(uplink_mbps, positive(report.get("images_s")))
 
 
 def positive(value: object) -> float | None:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from fedq.capacity import Capacities, Capacity
+from fedq.capacity import Capacities
 from fedq.engines.stream import StreamGrid
 from fedq.errors import FedqError
 from fedq.fleet import control
 from fedq.fleet.files import Fleet
-from fedq.fleet.profile import positive
+from fedq.fleet.profile import capacity_of, positive
 
 # isort: split
 from flwr.proto.node_pb2 import NodeInfo
@@ -53,13 +53,12 @@ class FittingGrid(StreamGrid):
     def capacities(self) -> Capacities:
         """Return what the devices have measured, by node."""
         self._look()
-        known = {}
-        for node in self._grid.get_nodes():
-            report = self._reports.get(node.public_key, {})
-            up_bytes_s = positive(report.get("up_bytes_s"))
-            uplink_mbps = None if up_bytes_s is None else 8e-6 * up_bytes_s
-            known[node.node_id] = Capacity(uplink_mbps, positive(report.get("images_s")))
-        return Capacities(known)
+        return Capacities(
+            {
+                node.node_id: capacity_of(self._reports.get(node.public_key, {}))
+                for node in self._grid.get_nodes()
+            }
+        )
 
     def _look(self) -> None:
         try:

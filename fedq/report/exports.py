@@ -77,6 +77,19 @@ def _cells(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def factored(report: dict[str, Any]) -> str | None:
+    """Return what factors changed of a file, None if there are none."""
+    if "factored" not in report:
+        return None
+    whole, metric = report["factored"], _metric(report)
+    name = f"trained_{metric.name}"
+    return (
+        f"{report['exporter']}: factors keep {100 * whole['energy']:g} % of each weight's energy:"
+        f" {_kilobytes(whole['whole_bytes'])} became {_kilobytes(whole['bytes'])},"
+        f" {metric.title} {_digits(metric, whole[name])} became {_digits(metric, report[name])}"
+    )
+
+
 def _metric(report: dict[str, Any]) -> Metric:
     return metric_of(report) or ACCURACY
 

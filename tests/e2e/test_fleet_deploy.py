@@ -131,7 +131,7 @@ def test_models_are_deployed_checked_taken_back_and_caught_up_with(
         # The server's disk is not what a device trusts: its files are changed behind its back.
         place = fleet.path("releases") / ("ab" * 32)
         shutil.copytree(fleet.path("releases") / first, place)
-        releases.want(fleet, ["device-0"], place.name)
+        releases.want(fleet, {"device-0": place.name})
         control.announce(fleet)
         log = devices[0].root / "device.log"
         until(lambda: "is refused: its manifest is another one" in log.read_text(), "refused")
@@ -145,7 +145,7 @@ def test_models_are_deployed_checked_taken_back_and_caught_up_with(
         replace_file(place.with_name(wrong) / MANIFEST, text)
         signature = identity.sign(fleet.ca, SIGNED + text)
         replace_file(place.with_name(wrong) / SIGNATURE, signature)
-        releases.want(fleet, ["device-0"], wrong)
+        releases.want(fleet, {"device-0": wrong})
         control.announce(fleet)
         until(lambda: "classes differ from the server's" in log.read_text(), "parity")
         assert f"{first[:12]} goes on" in log.read_text()

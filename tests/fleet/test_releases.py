@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedq import config, simulation
 from fedq.errors import ConfigError
+from fedq.experiment import Experiment
+from fedq.export import _measure
 from fedq.fleet import artefacts, identity, releases
 from fedq.fleet.artefacts import MANIFEST, PROBE, SIGNATURE, Artefacts, NotReleasedError
 from fedq.fleet.files import Fleet
 from fedq.fleet.identity import Pair
 from fedq.fleet.profile import Profile
+from fedq.results import read_summary
 
 PROBES = 16
 
@@ -188,13 +192,40 @@ def test_a_release_is_executed_before_it_runs(
         assert device.current == ""
 
 
+@pytest.mark.parametrize(("moved", "refused"), [(0.09, False), (0.2, True)])
+def test_numbers_may_be_off_by_a_step_of_their_grid(
+    moved: float,
+    refused: bool,
+    shop: Shop,
+    device: Artefacts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    about = {"output": {"scale": 0.05}, "task": {"divisor": 2.0}}
+    tolerance = releases._tolerance(about, "values", [[1.0, 2.0]] * 4)
+    assert tolerance == pytest.approx(0.15)
+    assert releases._tolerance(about, "errors", [0.04, 0.01]) == pytest.approx(0.0225)
+    stand_in = tmp_path / "python"
+    values = [[1.0, 2.0 + moved]] * 4
+    stand_in.write_text(f"#!{sys.executable}\nprint('{{\"values\": {values}}}')\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(artefacts.sys, "executable", str(stand_in))
+    probe: Any = [[1.0, 2.0]] * 4
+    digest = shop.put(b"model", probe=probe, answers="values", tolerance=tolerance)
+    if refused:
+        with pytest.raises(NotReleasedError, match="4 of 4 values differ"):
+            device.install(digest, shop.fetch)
+    else:
+        assert device.install(digest, shop.fetch) == "ok"
+
+
 def test_devices_go_back_as_far_as_they_came(tmp_path: Path) -> None:
     fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1")
     digests = [str(n) * 64 for n in range(3)]
     for digest in digests:
         (fleet.path("releases") / digest).mkdir(parents=True)
-    releases.want(fleet, ["a", "b"], digests[0])
-    releases.want(fleet, ["a"], digests[1])
+    releases.want(fleet, {"a": digests[0], "b": digests[0]})
+    releases.want(fleet, {"a": digests[1]})
     assert not (fleet.path("releases") / digests[2]).exists()  # nobody's
     assert releases.go_back(fleet, ["a"]) == {"a": digests[0]}
     assert not (fleet.path("releases") / digests[1]).exists()
@@ -220,6 +251,84 @@ def test_no_file_but_a_releases_is_given_out(digest: str, name: str, tmp_path: P
     assert releases.piece(tmp_path, "0" * 64, "model", 2, 3) == b"cde"
     assert releases.piece(tmp_path, "0" * 64, "model", 10**12, 3) == b""
     assert releases.piece(tmp_path, digest, name, 0, 3) is None
+
+
+# --- which device runs which width ---------------------------------------------------------------
+
+
+def mixed(*options: str) -> Experiment:
+    return config.load(["quantization=mixed", "quantization.widths=[8,4,0]", *options])
+
+
+REPORTS: dict[str, dict[str, Any]] = {
+    "says": {"weight_bits": 4, "partition_id": 0, "images_s": 100.0},
+    "float": {"weight_bits": 0, "images_s": 90.0},
+    "numbered": {"partition_id": 4, "images_s": 90.0},
+    "counted": {"images_s": 10.0},
+}
+NUMBERS = {"says": 3, "float": 3, "numbered": 3, "counted": 7}
+
+
+def test_a_device_runs_the_width_that_it_trained() -> None:
+    found = releases.widths(mixed(), list(REPORTS), REPORTS, NUMBERS)
+    # The device's own word, float as the widest integers, then its number or Flower's.
+    assert found == {"says": "w4", "float": "w8", "numbered": "w4", "counted": "w4"}
+    fast = {name: {**report, "images_s": 90.0} for name, report in REPORTS.items()}
+    fast["counted"]["images_s"] = 10.0
+    by_speed = mixed("quantization.widths=[8,4,2]", "width_by=speed")
+    found = releases.widths(by_speed, ["numbered", "counted"], fast, NUMBERS)
+    assert found == {"numbered": "w8", "counted": "w2"}
+
+
+def test_a_width_that_is_not_known_is_asked_for() -> None:
+    reports = {"silent": {}, "strange": {"weight_bits": 3}}
+    with pytest.raises(ConfigError, match=r"late has not said its width .* --width w8"):
+        releases.widths(mixed(), ["late"], reports, {"late": 1})
+    with pytest.raises(ConfigError, match=r"strange: weight-bits=3 is none of .*w8, w4, float"):
+        releases.widths(mixed(), ["strange"], reports, {"strange": 1})
+
+
+def test_each_width_is_a_release_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    monkeypatch.setattr(_measure, "memory_mb", lambda *of: (1.0, False))  # two processes each
+    run, fleet = (
+        tmp_path / "run",
+        Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1"),
+    )
+    options = [
+        "data=digits",
+        "clients=2",
+        "rounds=1",
+        "engine.workers=1",
+        "quantization=mixed",
+        "read_out=distilled",
+    ]
+    experiment = config.load([*options, "quantization.widths=[8,2]", "read_out.examples=50"])
+    simulation.run_experiment(experiment, run)
+    assert releases.assigned(fleet, run, ["a", "b"], "w2") == {"a": "w2", "b": "w2"}
+    for width, words in (("w4", "no width w4 to deploy; .* w8, w2"), (None, "fedq fleet up")):
+        with pytest.raises(ConfigError, match=words):
+            releases.assigned(fleet, run, ["a"], width)
+    made = {width: releases.make(fleet, run, "litert", width) for width in ("w8", "w2")}
+    releases.want(fleet, {"a": made["w8"], "b": made["w2"]})
+    assert releases.wanted(fleet) == {"a": [made["w8"]], "b": [made["w2"]]}
+    scores = read_summary(run)["accuracy_read_out"]
+    for width, digest in made.items():
+        manifest = json.loads((fleet.path("releases") / digest / MANIFEST).read_bytes())
+        assert manifest["width"] == width
+        assert manifest["accuracy"] == pytest.approx(scores[width], abs=0.02)
+    bits = {
+        width: set(
+            json.loads((run / "export" / width / "litert" / "export.json").read_text())[
+                "weight_bits"
+            ].values()
+        )
+        for width in made
+    }
+    assert bits["w8"] == {8}
+    assert 2 in bits["w2"]
 
 
 # --- what a device measures ----------------------------------------------------------------------
