@@ -45,6 +45,8 @@ TASKS = {
     ),
 }
 QUICK = ("rounds=2", "data=digits", "clients=6", "clients_per_round=3", "local_epochs=1")
+#: What a run fills in by itself, or no result depends on.
+OF_A_RUN = ("clients", "decode_threads", "engine", "resume", "run_dir")
 #: What a record keeps of a round, beside its number.
 ROUND = ("uplink_bytes", "downlink_bytes")
 
@@ -60,11 +62,12 @@ def key(record: Record) -> tuple[Any, ...]:
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """Return what tells one cell's options from another's, wherever its data lie."""
+    """Return what tells one cell's options from another's, wherever its data lie and it runs."""
     data = {**settings["data"]}
     if "path" in data:
         data["path"] = Path(data["path"]).name
-    return fingerprint({**settings, "data": data})[:16]
+    kept = {name: value for name, value in settings.items() if name not in OF_A_RUN}
+    return fingerprint({**kept, "data": data})[:16]
 
 
 def to_record(run: Run) -> Record:

@@ -65,7 +65,7 @@ class Lattice(Codec):
     )
 
     step: float = 0.35
-    margin: float = 0.25
+    margin: float = 0.1
     scale: Literal["model", "tensor", "channel"] = "model"
 
     def __post_init__(self) -> None:
