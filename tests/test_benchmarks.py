@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from fedq import config
 from tests import command
 
 RUN_S = 900
@@ -69,16 +71,25 @@ for name in {SCRIPTS}:
 
 
 @pytest.fixture
-def frontier(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The codec benchmark as a module; Python has a ``codecs`` of its own."""
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A benchmark as a module, under a name of its own: Python has a ``codecs``."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("frontier", BENCHMARKS / "codecs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "frontier", module)
-    spec.loader.exec_module(module)
-    return module
+
+    def module_of(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"the_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return module_of
+
+
+@pytest.fixture
+def frontier(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("codecs")
 
 
 @pytest.mark.parametrize(("bias", "least", "most"), [(0.0, 0.97, 1.03), (3.0, 80, 100)])
@@ -97,3 +108,20 @@ def test_mean_of_all_clients_is_what_it_is(
 def test_limits_are_those_of_gaussian_vectors(frontier: ModuleType) -> None:
     assert frontier.limit(1.0, unbiased=False) == 0.25
     assert np.isclose(frontier.limit(1.0, unbiased=True), 1 / 3)
+
+
+def test_a_finished_cell_is_known_again_wherever_it_ran(
+    benchmark: Callable[[str], ModuleType],
+) -> None:
+    reproductions = benchmark("reproductions")
+    asked = config.load(["task=images", "method=fedq"]).to_config()
+    ran = {
+        **asked,
+        "clients": 50,
+        "decode_threads": 1,
+        "run_dir": "runs/7",
+        "engine": {"workers": 1},
+    }
+    other = config.load(["task=images", "method=fedq", "downlink.margin=0.2"]).to_config()
+    assert reproductions.digest(ran) == reproductions.digest(asked)
+    assert reproductions.digest(other) != reproductions.digest(asked)
