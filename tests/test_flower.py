@@ -107,7 +107,7 @@ def test_exact_updates_change_no_strategy(make: Callable[[], Strategy]) -> None:
     for name, value in values(plain.arrays).items():
         other = found.arrays[name].numpy()
         assert (other.dtype, other.shape) == (arrays(0)[name].numpy().dtype, value.shape)
-        tolerance = 5e-3 if name == "half" else 1e-5  # Flower adds in half precision, too
+        tolerance = 1e-2 if name == "half" else 1e-5  # Flower adds in half precision, too
         if name != "count":
             np.testing.assert_allclose(other, value, atol=tolerance)
     assert found.train_metrics_clientapp == plain.train_metrics_clientapp
@@ -289,7 +289,7 @@ def test_a_server_without_the_strategy_is_served() -> None:
     plain_run = run(fedavg(), App(mod=False))
     found = run(fedavg(), App())
     for name, value in values(plain_run.arrays).items():
-        tolerance = 5e-3 if name == "half" else 1e-6
+        tolerance = 1e-2 if name == "half" else 1e-6
         np.testing.assert_allclose(found.arrays[name].numpy(), value, atol=tolerance)
 
 

@@ -102,7 +102,7 @@ def test_exports_pass_the_gate_and_answer_on_the_device(
     folder = tmp_path / exporter
     report, summary = read(folder / "export.json"), read(runs / metric / "summary.json")
     assert report["parity"]["agreement"] >= 0.99
-    assert report["parity"]["agreement_with_training"] is None
+    assert report["parity"]["agreement_with_training"] >= 0.99
     assert report["parity"]["float_operators"] == {}
     assert report[f"trained_{metric}"] == pytest.approx(summary[metric])
     assert report[metric] == pytest.approx(summary[metric], abs=0.02)
