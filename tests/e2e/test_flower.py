@@ -29,7 +29,7 @@ from flwr.app import Context, RecordDict
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = ("fedq", "clients", "server", "conf", "pyproject.toml")
 OPTIONS = ("data=digits", "codec=top_k_feedback", "clients_per_round=3", "baseline=false")
-START_S, RUN_S = 90, 400
+START_S, RUN_S = 90, 900
 
 
 def flower(name: str) -> str:
