@@ -584,17 +584,6 @@ class FedQ(Strategy):
                 merged.append(old)
         return np.concatenate(merged)
 
-    @cached_property
-    def _float32(self) -> bytes:
-        """The payload of an uncompressed vector of weights: the yardstick, a real one too."""
-        return Identity().encode(np.zeros(self.layout.size, np.float32), self.layout)
-
-    @cached_property
-    def _float32_reply_bytes(self) -> int:
-        state = Identity().encode(np.zeros(self.state_layout.size, np.float32), self.state_layout)
-        metadata = {"round": 10, "client": 10, "examples": 100, "loss": 0.123456}
-        return len(wire.seal(wire.Envelope(metadata, [self._float32, state])))
-
     # --- a privacy budget --------------------------------------------------------------------
 
     def calibrated(self, grid: Grid, state: ServerState, rounds: int) -> ServerState:

@@ -323,13 +323,13 @@ def _prepare(experiments: Sequence[Experiment]) -> None:
     """Do once what each cell would do for itself; what fails here is for the cell to report."""
     manifest.provenance()
     data = {experiment.data for experiment in experiments}
-    with contextlib.suppress(FedqError):
+    with contextlib.suppress(Exception):
         if len(data) == 1:  # several would stay in memory for as long as the sweep lasts
             load(data.pop())
     layout = Layout.flat(64)
     for codec in {codec for one in experiments for codec in (one.codec, one.downlink)}:
         # The first kernel takes a second: Numba sets itself up, and compiles what is not on disk.
-        with contextlib.suppress(FedqError):
+        with contextlib.suppress(Exception):
             codec.decode(codec.encode(np.ones(64, np.float32), layout, 0), layout)
 
 

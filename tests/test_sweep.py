@@ -85,6 +85,22 @@ def test_a_manifest_lists_all_seeds(tmp_path: Path) -> None:
     assert found["seeds"] == {"seed": 7, "data.seed": 0}
 
 
+@pytest.mark.parametrize("error", [FedqError("no data"), RuntimeError("a bug of a plug-in")])
+def test_what_cannot_be_prepared_is_left_to_the_cells(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which report it, each for itself: the sweep goes on."""
+    tried: list[object] = []
+
+    def load(data: object) -> None:
+        tried.append(data)
+        raise error
+
+    monkeypatch.setattr(sweep, "load", load)
+    sweep._prepare([config.load(["codec=sign"])])
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize(
     ("workers", "jobs", "cores", "runs", "want"),
     [

@@ -169,9 +169,11 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> str:
             return words[0].removeprefix("runner: ")
         raise NotReleasedError(f"it does not run here: {words[0]}")
     kind = manifest.get("answers", ANSWERS[0])
-    apart = np.abs(np.subtract(json.loads(done.stdout)[kind], expected, dtype=np.float64))
-    far = (apart > manifest.get("tolerance", 0.0)).reshape(len(expected), -1)
-    differing = int(far.any(1).sum())
+    given, wanted = (np.array(of, np.float64) for of in (json.loads(done.stdout)[kind], expected))
+    if given.shape != wanted.shape:
+        raise NotReleasedError(f"it gives {given.shape} {kind} in place of {wanted.shape}")
+    near = np.abs(given - wanted) <= manifest.get("tolerance", 0.0)  # NaN is near nothing
+    differing = int((~near).reshape(len(wanted), -1).any(1).sum())
     if differing > max(1, (1 - AGREEMENT) * len(expected)):
         raise NotReleasedError(f"{differing} of {len(expected)} {kind} differ from the server's")
     return "ok"

@@ -20,7 +20,10 @@ from flwr.superlink.grid.http_grid import HttpGrid
 class FleetGrid(HttpGrid):
     """Flower's grid; a reply that is still on its way is asked for again.
 
-    Args: those of Flower's.
+    Args:
+      address: Of the SuperLink's runtime API.
+      certificate: Of the authority that signed the SuperLink's, PEM.
+      token: Of the run's ServerApp.
     """
 
     #: Replies that the SuperLink has announced, which it does once, by the message they answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_a_release_is_executed_before_it_runs(
         assert device.current == ""
 
 
-@pytest.mark.parametrize(("moved", "refused"), [(0.09, False), (0.2, True)])
+@pytest.mark.parametrize(("moved", "refused"), [(0.09, False), (0.2, True), (math.nan, True)])
 def test_numbers_may_be_off_by_a_step_of_their_grid(
     moved: float,
     refused: bool,
@@ -206,8 +207,8 @@ def test_numbers_may_be_off_by_a_step_of_their_grid(
     assert tolerance == pytest.approx(0.15)
     assert releases._tolerance(about, "errors", [0.04, 0.01]) == pytest.approx(0.0225)
     stand_in = tmp_path / "python"
-    values = [[1.0, 2.0 + moved]] * 4
-    stand_in.write_text(f"#!{sys.executable}\nprint('{{\"values\": {values}}}')\n")
+    said = json.dumps({"values": [[1.0, 2.0 + moved]] * 4})
+    stand_in.write_text(f"#!{sys.executable}\nprint('{said}')\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(artefacts.sys, "executable", str(stand_in))
     probe: Any = [[1.0, 2.0]] * 4
