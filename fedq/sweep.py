@@ -320,8 +320,12 @@ def run(
 
 
 def _prepare(experiments: Sequence[Experiment]) -> None:
-    """Do once what each cell would do for itself; what fails here is for the cell to report."""
+    """Do once what each cell would do for itself; what fails here is for the cell to report.
+
+    Plug-ins are left to the cells: one that kills its process must not end the sweep.
+    """
     manifest.provenance()
+    experiments = [experiment for experiment in experiments if not experiment.plugins]
     data = {experiment.data for experiment in experiments}
     with contextlib.suppress(Exception):
         if len(data) == 1:  # several would stay in memory for as long as the sweep lasts
