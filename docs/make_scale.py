@@ -43,7 +43,7 @@ def constants() -> dict[str, float]:
     cnn = row(results("codecs")["groups"], vectors="cnn")["rows"]
     coded = row(cnn, codec="uniform(bits=5, rounding=dithered, scale=model)")
     plain = row(memory["rows"], model="1.2 M", codec="identity", clients=1000)
-    large = row(memory["rows"], model="10 M", codec="identity")
+    large = row(memory["rows"], model="10 M", codec="identity", clients=1000)
     asleep = max(results("superlink")["rows"], key=lambda r: r["nodes"])
     exact = row(tree["rows"], codec="null")
     half = row(tree["rows"], codec="fp16")
