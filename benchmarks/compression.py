@@ -12,7 +12,6 @@ weights. Intervals are 95 % by Student's t over seeds.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from _common import parser, table, write
 
 from fedq import config, simulation
 from fedq.errors import FedqError
+from fedq.report.study import interval
 from fedq.results import read_config
 
 PLAIN = ("baseline=false", "engine.workers=1", "evaluate_every=1000", "batch_size=10")
@@ -62,8 +62,6 @@ COLUMNS = {
     "file_kb": "file, kB",
     "latency_us": "latency, µs",
 }
-#: Student's t, two-sided 95 %, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def run(overrides: tuple[str, ...], seed: int, export: bool) -> dict[str, Any]:
@@ -106,18 +104,12 @@ def exported(path: Path) -> dict[str, Any]:
     return {key: released.report[key] for key in ("bytes", "latency_us")}
 
 
-def interval(values: list[float]) -> float:
-    """Return the half width of the 95 % interval of a mean; NaN of one value."""
-    if len(values) < 2:
-        return math.nan
-    return STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def versus(values: list[float], reference: list[float]) -> str:
     """Return the mean of paired differences and its interval, in points."""
     differences = [a - b for a, b in zip(values, reference, strict=True)]
-    half = interval(differences)
-    return f"{statistics.mean(differences):+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+    found = interval(differences)
+    assert found is not None
+    return f"{found.mean:+.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
 
 
 def mean_of(cells: list[dict[str, Any]], key: str, unit: float) -> float | None:
