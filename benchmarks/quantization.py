@@ -27,7 +27,7 @@ from _common import earlier_cells, parser, table, when_and_where, write
 import fedq
 from fedq import config, simulation
 from fedq.export._source import source
-from fedq.report.study import interval
+from fedq.report.study import Interval, interval
 from fedq.results import read_config, read_model
 
 #: Overrides by name. The first trains in float, with quantizers that look on.
@@ -99,6 +99,11 @@ def post_training(path: Path) -> dict[str, float]:
     return found
 
 
+def written(found: Interval) -> str:
+    """Return a mean difference, with its interval if there is one."""
+    return f"{found.mean:+.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
+
+
 def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     """Return one row per scheme, and per width of mixed ones."""
     accuracies: dict[str, dict[int, float]] = {}
@@ -108,18 +113,15 @@ def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
                 name = part if part in ("float", *PTQ) else f"{cell['scheme']}: {part}"
                 name = name.removesuffix(": ")
                 accuracies.setdefault(name, {})[cell["seed"]] = 100 * accuracy
-    reference = accuracies["float"]
+    reference = accuracies.get("float", {})
     rows = []
     for name, values in accuracies.items():
-        differences = [value - reference[seed] for seed, value in values.items()]
-        found = interval(differences)
-        assert found is not None
+        found = interval([v - reference[seed] for seed, v in values.items() if seed in reference])
         rows.append(
             {
                 "scheme": name,
                 "accuracy": f"{statistics.mean(values.values()):.2f}",
-                "difference": f"{found.mean:+.2f}"
-                + ("" if found.half is None else f" ± {found.half:.2f}"),
+                "difference": found and written(found),
                 "goal": f"-{GOALS[name]}" if name in GOALS else None,
                 "seeds": len(values),
             }
