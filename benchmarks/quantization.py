@@ -64,7 +64,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     ),
     # Group normalisation: with one speaker per client, averaged batch statistics swing.
     "keywords": (
-        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=20"),
+        *("experiment=keyword_spotting", "data.seconds=0.5", "data.held_out=15", "rounds=60"),
         *("model.norm=group", "batch_size=16", "local_epochs=1", "learning_rate_end=0.03"),
     ),
 }

@@ -64,7 +64,7 @@ class Lattice(Codec):
         {"step": 0.1, "scale": "channel", "margin": 0.0},
     )
 
-    step: float = 0.35
+    step: float = 0.175
     margin: float = 0.1
     scale: Literal["model", "tensor", "channel"] = "model"
 

@@ -57,7 +57,7 @@ class Fp8(Quantization):
         form = self.activations
         return place(
             model,
-            lambda weight, index, edge: Fp8Weight(self.weights),
+            lambda weight, index, role: Fp8Weight(self.weights),
             (lambda edge, rectified: Fp8Activation(form, rectified)) if form else None,
         )
 

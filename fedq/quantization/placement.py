@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -135,17 +135,21 @@ class PreparedModel(nn.Module):
         return self._run(self, *inputs)
 
 
+#: Of a layer: the first or the last (``edge``), one filter per channel, or any other.
+Role = Literal["edge", "depthwise", "inner"]
+
+
 def place(
     model: nn.Module,
-    weight_quantizer: Callable[[Tensor, int, bool], WeightQuantizer],
+    weight_quantizer: Callable[[Tensor, int, Role], WeightQuantizer],
     activation_quantizer: Callable[[bool, bool], ActivationQuantizer] | None,
 ) -> PreparedModel:
     """Return a copy of a network, sharing its parameters, with quantizers in place.
 
     Args:
       model: A float network.
-      weight_quantizer: Makes the quantizer of a layer, of its weight and its number in the order
-        of the graph; the flag tells the first and last layer.
+      weight_quantizer: Makes the quantizer of a layer, of its weight, its number in the order of
+        the graph and its role there.
       activation_quantizer: Makes the quantizer of an activation; the flags tell the input and the
         last layer's output, and what comes out of a ReLU. None leaves activations in float.
 
@@ -172,7 +176,8 @@ def place(
     for index, name in enumerate(dict.fromkeys(str(node.target) for node in layers)):
         layer: Any = tree.get_submodule(name)
         quantized = _shallow_copy(layer, _QUANTIZED[type(layer)])
-        quantized.weight_quantizer = weight_quantizer(layer.weight, index, name in first_or_last)
+        role = _role(layer, name in first_or_last)
+        quantized.weight_quantizer = weight_quantizer(layer.weight, index, role)
         tree.set_submodule(name, quantized)
     return PreparedModel(tree, graph)
 
@@ -214,6 +219,13 @@ def _weighted_layers(tree: nn.Module, graph: fx.Graph) -> list[fx.Node]:
     if not layers:
         raise ConfigError("the model has no Conv1d, Conv2d or Linear layer to quantize")
     return layers
+
+
+def _role(layer: nn.Module, edge: bool) -> Role:
+    if edge:
+        return "edge"
+    groups = getattr(layer, "groups", 1)
+    return "depthwise" if groups > 1 and groups == layer.in_channels else "inner"
 
 
 def _place_activations(

@@ -39,7 +39,7 @@ class Ptq(Qat):
         super().__post_init__()
         if self.distillation:
             raise ConfigError("quantization=ptq trains in float: there is nothing to distil into")
-        for scheme in (self.weights, self.activations, self.first_last):
+        for scheme in (self.weights, self.activations, self.first_last, self.depthwise):
             if scheme is not None and scheme.learned:
                 raise ConfigError(
                     f"{scheme.group} {scheme.name} is learned from the quantized loss, which"

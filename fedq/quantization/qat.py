@@ -12,7 +12,7 @@ from fedq.quantization.activations.base import ActivationScheme
 from fedq.quantization.activations.range import Range
 from fedq.quantization.base import Quantization
 from fedq.quantization.fake import ActivationQuantizer, FakeQuantizer, WeightQuantizer
-from fedq.quantization.placement import PreparedModel, place
+from fedq.quantization.placement import PreparedModel, Role, place
 from fedq.quantization.weights.base import WeightScheme
 from fedq.quantization.weights.linear import Linear
 from fedq.registry import register
@@ -26,9 +26,11 @@ class Qat(Quantization):
     """Training that sees the errors of a weight and an activation quantizer.
 
     Args:
-      weights: Of all layers but the first and the last.
+      weights: Of all layers but those below.
       activations: Of all activations; the input's and the logits' have 8 bits. None is float.
       first_last: Weights of the first and the last layer; None is ``weights``.
+      depthwise: Weights of depthwise convolutions, few and sensitive: an output is a sum of one
+        channel's nine products or so, whose errors do not average out. None is ``weights``.
       layer_bits: Bits of each layer in the order of the graph, as ``fedq allocate`` finds them;
         empty leaves the widths as above, else ``weights`` holds for all layers.
       widths: Weight bits of clients of several kinds in one federation, such as 8, 4 and 2; 0 is
@@ -58,7 +60,7 @@ class Qat(Quantization):
             "weights": {"name": "lsq", "bits": 4},
             "activations": {"name": "lsq", "bits": 4, "offset": True},
         },
-        {"weights": "codebook", "activations": "pact", "first_last": None},
+        {"weights": "codebook", "activations": "pact", "first_last": None, "depthwise": None},
         {"weights": "ternary", "activations": None},
         {"weights": {"name": "linear", "bits": 2, "range": "mse"}, "widths": [2, 8, 0]},
     )
@@ -66,6 +68,7 @@ class Qat(Quantization):
     weights: WeightScheme = Linear()
     activations: ActivationScheme | None = Range()
     first_last: WeightScheme | None = Linear()
+    depthwise: WeightScheme | None = Linear()
     layer_bits: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     distillation: float = 0.0
@@ -98,17 +101,18 @@ class Qat(Quantization):
     @property
     def has_zero(self) -> bool:
         """Whether all weight schemes have."""
-        return all(s.has_zero for s in (self.weights, self.first_last) if s is not None)
+        schemes = (self.weights, self.first_last, self.depthwise)
+        return all(scheme.has_zero for scheme in schemes if scheme is not None)
 
     def prepare(self, model: nn.Module, variant: int = 0) -> nn.Module:
         """Return the network with fake quantizers."""
         width = self.widths[variant] if self.widths else None
         count = 0
 
-        def weight(tensor: Tensor, index: int, edge: bool) -> WeightQuantizer:
+        def weight(tensor: Tensor, index: int, role: Role) -> WeightQuantizer:
             nonlocal count
             count = index + 1
-            return self._weights(index, edge, width).quantizer(tensor)
+            return self._weights(index, role, width).quantizer(tensor)
 
         prepared = place(model, weight, self._activation if self.activations else None)
         if self.layer_bits and count != len(self.layer_bits):
@@ -124,13 +128,14 @@ class Qat(Quantization):
             module.enabled = width != 0
         prepared.distillation = self.distillation if width != 0 else 0.0
 
-    def _weights(self, index: int, edge: bool, width: int | None) -> WeightScheme:
+    def _weights(self, index: int, role: Role, width: int | None) -> WeightScheme:
         if self.layer_bits:
             if index >= len(self.layer_bits):
                 return self.weights
             return self.weights.at(self.layer_bits[index])
-        if edge and self.first_last is not None:
-            return self.first_last
+        own = {"edge": self.first_last, "depthwise": self.depthwise}.get(role)
+        if own is not None:
+            return own
         return self.weights.at(width) if width else self.weights
 
     def _activation(self, edge: bool, rectified: bool) -> ActivationQuantizer:

@@ -30,6 +30,7 @@ class Uniform(Quantization):
       per_channel: One weight scale per output channel, or one per layer. Batch normalisation folds
         exactly only with the former.
       first_last_bits: Weight bits of the first and the last layer, 2 to 8.
+      depthwise_bits: Weight bits of depthwise convolutions, 2 to 8.
       range_momentum: How far an activation range shrinks towards each batch's, in (0, 1].
 
     Example:
@@ -42,17 +43,24 @@ class Uniform(Quantization):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"weight_bits": 4, "activation_bits": 4},
-        {"weight_bits": 2, "first_last_bits": 2, "per_channel": False, "activation_bits": 0},
+        {
+            "weight_bits": 2,
+            "first_last_bits": 2,
+            "depthwise_bits": 2,
+            "per_channel": False,
+            "activation_bits": 0,
+        },
     )
 
     weight_bits: int = 8
     activation_bits: int = 8
     per_channel: bool = True
     first_last_bits: int = 8
+    depthwise_bits: int = 8
     range_momentum: float = 0.05
 
     def __post_init__(self) -> None:
-        for option in ("weight_bits", "first_last_bits"):
+        for option in ("weight_bits", "first_last_bits", "depthwise_bits"):
             if not 2 <= getattr(self, option) <= 8:
                 raise ConfigError(
                     f"quantization.{option} must be 2 to 8, not {getattr(self, option)}"
@@ -77,5 +85,9 @@ class Uniform(Quantization):
         activations = None
         if self.activation_bits:
             activations = Range(bits=self.activation_bits, momentum=self.range_momentum)
-        first_last = weights.at(self.first_last_bits)
-        return Qat(weights=weights, activations=activations, first_last=first_last)
+        return Qat(
+            weights=weights,
+            activations=activations,
+            first_last=weights.at(self.first_last_bits),
+            depthwise=weights.at(self.depthwise_bits),
+        )

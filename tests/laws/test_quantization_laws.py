@@ -211,6 +211,21 @@ def test_first_and_last_layers_keep_their_own_bits() -> None:
     assert activations == [8, 5, 5, 8]
 
 
+def test_depthwise_layers_keep_their_own_bits() -> None:
+    model = create(fedq.build("model", "ds_cnn", width=8, blocks=2), (1, 49, 10), 3)
+    short = fedq.build("quantization", "uniform", weight_bits=2, depthwise_bits=5)
+    long = fedq.build("quantization", "qat", weights={"name": "lsq", "bits": 2})
+
+    def bits(quantization: Quantization) -> list[int]:
+        prepared = quantization.prepare(model)
+        return [m.bits for m in prepared.modules() if isinstance(m, WeightQuantizer)]
+
+    assert bits(short) == [8, 5, 2, 5, 2, 8]
+    assert bits(long) == [8, 8, 2, 8, 2, 8]
+    assert bits(long.replace(depthwise=None)) == [8, 2, 2, 2, 2, 8]
+    assert bits(long.replace(layer_bits=(8, 4, 3, 2, 2, 8))) == [8, 4, 3, 2, 2, 8]
+
+
 def test_quantizing_after_max_pooling_equals_quantizing_before() -> None:
     model, x = _network("small_cnn"), _batch("small_cnn")
     prepared = fedq.build("quantization", "uniform", activation_bits=4).prepare(model)
@@ -402,6 +417,7 @@ def test_wrong_compositions_are_refused(options: dict[str, Any], hint: str) -> N
         {"weight_bits": 1},
         {"weight_bits": 9},
         {"first_last_bits": 1},
+        {"depthwise_bits": 1},
         {"activation_bits": 3},
         {"activation_bits": 9},
         {"range_momentum": 0.0},
