@@ -156,7 +156,7 @@ class Networks:
             rate = subject.learning_rate / 5
             return self._train(quantization.prepare(start), subject, dataset, subject.after, rate)
 
-        self._kept(f"{model} {subject} {WIDTHS[bits]}", prepared, trained)
+        self._kept(f"{model} {subject} {registry.to_config(quantization)}", prepared, trained)
         return Source(prepared.eval(), quantization, dataset, 0)
 
     def float_twin(self, model: str, subject: Subject, dataset: Dataset) -> nn.Module:

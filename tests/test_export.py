@@ -139,7 +139,7 @@ def test_integers_compute_what_was_trained(model: str, width: int) -> None:
         near = 0.003
         if isinstance(op, Conv | Linear):
             m = float(op.weights.scales.max()) * op.input.grid.scale / op.output.grid.scale
-            near = 0.002 + m / 2
+            near += m / 2
         assert (apart > 0).double().mean() < near
     assert all(op.weights.bits <= 8 for op in graph.weighted)
     assert steps_between(graph, given.network, x) <= END_TO_END.get(model, 1)
