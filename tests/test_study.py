@@ -324,6 +324,28 @@ def test_the_page_needs_nothing_else(sweep: Path) -> None:
     assert "a note" in content["notes"]
 
 
+def test_a_browser_draws_intervals_until_they_would_cover_each_other(
+    tab: Any, problems: list[str], tmp_path: Path
+) -> None:
+    for number in range(9):
+        for seed in range(3):
+            top = 0.5 + number / 20 + seed / 100
+            write_run(tmp_path / f"{number}{seed}", f"method {number}", seed, top)
+    (tmp_path / "report.html").write_text(page(study(tmp_path)))
+    tab.goto((tmp_path / "report.html").as_uri())
+    bands = tab.locator("#chart path[opacity='0.14']")
+    assert bands.count() == 9
+    assert not any(band.is_visible() for band in bands.all())
+    chart = tab.locator("#chart svg").bounding_box()
+    tab.mouse.move(chart["x"] + chart["width"] - 20, chart["y"] + 40)
+    assert sum(band.is_visible() for band in bands.all()) == 1
+    assert "method 8" in tab.inner_text("#tip")
+    tab.locator("#legend button").first.click()  # eight are left
+    assert all(band.is_visible() for band in bands.all())
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert not problems
+
+
 def test_long_curves_are_thinned_to_their_end(tmp_path: Path) -> None:
     write_run(tmp_path / "1", "long", 0, 0.9, rounds=700)
     write_run(tmp_path / "2", "other", 0, 0.9)

@@ -150,21 +150,13 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
         pass
 
 
-def test_a_browser_shows_a_run_while_it_goes_on(tmp_path: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("no chromium is installed")
+def test_a_browser_shows_a_run_while_it_goes_on(
+    tab: Any, problems: list[str], tmp_path: Path
+) -> None:
     with (
         RunDirectory.create(tmp_path / "run", {"name": "<i>mine</i>", "rounds": 4}) as run,
         serving(tmp_path / "run") as address,
-        playwright.sync_playwright() as driver,
     ):
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 390, "height": 800})
-        problems: list[str] = []
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda message: problems.append(message.text))
         run.append_round(record(1))
         tab.goto(address)
         tab.wait_for_selector("#round:has-text('round 1 of')")
@@ -179,4 +171,3 @@ def test_a_browser_shows_a_run_while_it_goes_on(tmp_path: Path) -> None:
         run.write_summary({"accuracy": 0.2})
         tab.wait_for_selector("#state:has-text('finished')")
         assert not problems
-        browser.close()

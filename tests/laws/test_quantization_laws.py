@@ -17,7 +17,7 @@ from fedq.codecs import fp8
 from fedq.errors import ConfigError
 from fedq.layout import Layout
 from fedq.models import create
-from fedq.quantization import float_twin
+from fedq.quantization import Quantization, float_twin
 from fedq.quantization.activations.range import Range, RangeActivation
 from fedq.quantization.fake import ActivationQuantizer, WeightQuantizer
 from fedq.quantization.fp8 import Fp8Weight
