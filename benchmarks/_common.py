@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedq.report.study import paired
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     *("fedq", "flwr", "torch", "numpy", "numba", "ray", "pfl", "byzfl"),
@@ -150,6 +152,19 @@ def earlier_cells(
     path = out / f"{name}.json"
     cells = json.loads(path.read_text()).get("cells", []) if path.exists() else []
     return [cell for cell in cells if cell["settings"] == settings.get(cell[key])]
+
+
+def versus(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> str | None:
+    """Return the mean of differences paired by seed, with its interval; None if no seed is in both.
+
+    >>> versus({0: 3.0, 1: 5.0}, {0: 1.0, 2: 4.0})
+    '+2.00'
+    """
+    found = paired(ours, theirs)
+    if found is None:
+        return None
+    mean, half = found.difference.mean, found.difference.half
+    return f"{mean:+.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import parser, table, write
+from _common import parser, table, versus, write
 
 from fedq import config, simulation
 from fedq.errors import FedqError
-from fedq.report.study import interval
 from fedq.results import read_config
 
 PLAIN = ("baseline=false", "engine.workers=1", "evaluate_every=1000", "batch_size=10")
@@ -104,14 +103,6 @@ def exported(path: Path) -> dict[str, Any]:
     return {key: released.report[key] for key in ("bytes", "latency_us")}
 
 
-def versus(values: list[float], reference: list[float]) -> str:
-    """Return the mean of paired differences and its interval, in points."""
-    differences = [a - b for a, b in zip(values, reference, strict=True)]
-    found = interval(differences)
-    assert found is not None
-    return f"{found.mean:+.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
-
-
 def mean_of(cells: list[dict[str, Any]], key: str, unit: float) -> float | None:
     """Return the mean of a figure in a unit; None where no cell has it."""
     values = [cell[key] / unit for cell in cells if cell.get(key) is not None]
@@ -127,13 +118,13 @@ def rows_of(cells: list[dict[str, Any]], title: str) -> list[dict[str, Any]]:
     reference = {cell["seed"]: 100 * cell["accuracy"] for cell in next(iter(by_row.values()))}
     rows = []
     for name, of in by_row.items():
-        values = [100 * cell["accuracy"] for cell in of]
+        values = {cell["seed"]: 100 * cell["accuracy"] for cell in of}
         zeros = mean_of(of, "sparsity", 0.01)
         rows.append(
             {
                 "row": name,
-                "accuracy": f"{statistics.mean(values):.2f}",
-                "difference": versus(values, [reference[cell["seed"]] for cell in of]),
+                "accuracy": f"{statistics.mean(values.values()):.2f}",
+                "difference": versus(values, reference),
                 "seeds": len(of),
                 "sparsity": None if zeros is None else f"{zeros:.0f} %",
                 "uplink_kb": mean_of(of, "uplink_bytes", 1e3),
@@ -155,9 +146,9 @@ def read_outs(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"row": width, "as trained": f"{100 * statistics.mean(plain):.2f}"}
         for name in dict.fromkeys(cell["row"] for cell in of):
             mine = [cell for cell in of if cell["row"] == name]
-            served = [100 * cell["accuracy_read_out"][width] for cell in mine]
-            before = [100 * cell["accuracy_by_width"][width] for cell in mine]
-            row[name] = f"{statistics.mean(served):.2f}"
+            served = {cell["seed"]: 100 * cell["accuracy_read_out"][width] for cell in mine}
+            before = {cell["seed"]: 100 * cell["accuracy_by_width"][width] for cell in mine}
+            row[name] = f"{statistics.mean(served.values()):.2f}"
             row[f"{name}, gain"] = versus(served, before)
         rows.append(row)
     return rows

@@ -1,6 +1,6 @@
 """Accuracy of federations of every quantization, beside float and post-training quantization.
 
-    python benchmarks/quantization.py --words FOLDER   # ten seeds, three tasks: 90 core-minutes
+    python benchmarks/quantization.py --words FOLDER   # ten seeds, three tasks; hours of one core
     python benchmarks/quantization.py --seeds 1 --tasks images --schemes ternary binary
     python benchmarks/quantization.py --quick
 
@@ -22,12 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import earlier_cells, parser, table, when_and_where, write
+from _common import earlier_cells, parser, table, versus, when_and_where, write
 
 import fedq
 from fedq import config, simulation
 from fedq.export._source import source
-from fedq.report.study import Interval, interval
 from fedq.results import read_config, read_model
 
 #: Overrides by name. The first trains in float, with quantizers that look on.
@@ -99,11 +98,6 @@ def post_training(path: Path) -> dict[str, float]:
     return found
 
 
-def written(found: Interval) -> str:
-    """Return a mean difference, with its interval if there is one."""
-    return f"{found.mean:+.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
-
-
 def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     """Return one row per scheme, and per width of mixed ones."""
     accuracies: dict[str, dict[int, float]] = {}
@@ -116,12 +110,11 @@ def rows_of(cells: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     reference = accuracies.get("float", {})
     rows = []
     for name, values in accuracies.items():
-        found = interval([v - reference[seed] for seed, v in values.items() if seed in reference])
         rows.append(
             {
                 "scheme": name,
                 "accuracy": f"{statistics.mean(values.values()):.2f}",
-                "difference": found and written(found),
+                "difference": versus(values, reference),
                 "goal": f"-{GOALS[name]}" if name in GOALS else None,
                 "seeds": len(values),
             }
