@@ -4,7 +4,7 @@
 
     schema      of this file
     config      all options as they were asked for; ``config_sha256`` over what decides the result
-    overrides   what the command line said
+    overrides   what was asked of this cell of a sweep; none for a run of its own
     baseline    the float run to compare with, relative to the run directory
     seeds       every seed among the options
     sessions    one per start of the run: time, git state, versions, hardware
@@ -58,7 +58,7 @@ def write(
     Args:
       path: The run directory; made if there is none.
       config: Its options, as :meth:`fedq.experiment.Experiment.to_config` gives them.
-      overrides: What the command line said.
+      overrides: What was asked of this cell of a sweep.
       baseline: Path of the float run from ``path``.
       sessions: Starts so far; see :func:`begin`.
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedq import results
+from fedq import registry, results
 from fedq.errors import ConfigError, FedqError
 from fedq.metrics import metric_of
 from fedq.report.runs import BASELINE, Run
@@ -121,11 +121,12 @@ class _Followed:
         names = {
             key: (config.get(key) or {}).get("name", "")
             for key in ("model", "data", "quantization", "aggregator")
-        }  # their options are in config.yaml; to leave out defaults would take torch
+        }  # their options are in config.yaml
         return {
             "label": " ".join(text for text in (self._label, run.name) if text),
             "rounds": run.planned,
-            "facts": {**names, "codec": run.codec},
+            # with its defaults: to know them would take the codecs, and a share of the run's CPU
+            "facts": {**names, "codec": registry.describe(config.get("codec"))},
         }
 
     def _rounds(self) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -60,6 +62,21 @@ def test_each_line_is_told_once_and_in_order(feed: Any, tmp_path: Path) -> None:
     described = followed.events[0]["content"]
     assert (described["label"], described["rounds"]) == ("mine", 3)
     assert followed.events[1]["content"]["metric"]["title"] == "accuracy"
+
+
+def test_to_watch_takes_neither_torch_nor_the_codecs(tmp_path: Path) -> None:
+    config = {"name": "mine", "rounds": 2, "codec": {"name": "top_k", "inner": {"name": "fp16"}}}
+    with RunDirectory.create(tmp_path / "run", config) as run:
+        run.append_round(record(1))
+    script = (
+        "import sys; from fedq.watch import Feed; events = Feed(sys.argv[1]).after(0); "
+        "print(events[0]['content']['facts']['codec'], len(events), "
+        "*{'torch', 'numba', 'fedq.codecs'} & sys.modules.keys())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script, str(run.path)], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == ["top_k(inner=fp16)", "2"]
 
 
 def test_a_torn_line_waits_for_its_end(feed: Any, tmp_path: Path) -> None:
