@@ -166,6 +166,9 @@ def add_parser(commands: Any) -> None:
     wheels.add_argument("folder", type=Path)
     wheels.add_argument("--machine", choices=("aarch64", "x86_64"), default="aarch64")
     wheels.add_argument("--python", default="3.11", help="the devices' (default: 3.11)")
+    wheels.add_argument(
+        "--torch-index", metavar="URL", help="builds of PyTorch for CPUs (default: PyTorch's own)"
+    )
     wheels.add_argument("--fedq-wheel", type=Path, help="fedq itself (default: built here)")
     bench = add("bench", _bench, "measure what this machine can do as a device", server=False)
     bench.add_argument("--model", default="auto")
@@ -557,7 +560,13 @@ def _upgrade(options: argparse.Namespace) -> int:
 def _wheelhouse(options: argparse.Namespace) -> None:
     from fedq.fleet import wheelhouse
 
-    sizes = wheelhouse.make(options.folder, options.fedq_wheel, options.machine, options.python)
+    sizes = wheelhouse.make(
+        options.folder,
+        options.fedq_wheel,
+        options.machine,
+        options.python,
+        options.torch_index or wheelhouse.CPU_BUILDS,
+    )
     total = sum(sizes.values())
     largest = sorted(sizes.items(), key=lambda item: -item[1])
     lines = [f"{size / 1e6:8.1f} MB  {name}" for name, size in largest]

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from packaging.metadata import parse_email
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 
 from fedq.errors import ConfigError, FedqError
 
 #: Raspberry Pi OS 64-bit, bookworm and later.
 MACHINE, PYTHON = "aarch64", "3.11"
+#: PyTorch's own builds for CPUs. PyPI's for ARM are for CUDA, which comes to gigabytes.
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 _GLIBC = (28, 27, 26, 24, 17)
 #: Pure Python of which there is no wheel: built here.
 SOURCE_ONLY = frozenset({"antlr4-python3-runtime"})
@@ -31,11 +36,51 @@ def pinned(machine: str = MACHINE, python: str = PYTHON) -> list[str]:
 
     Local versions, such as ``+cpu``, are of this machine: they are left out.
     """
-    names = sorted(_needed(machine, python))
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
+
+    def installed(name: str) -> Sequence[str]:
+        try:
+            return metadata.requires(name) or ()
+        except metadata.PackageNotFoundError:
+            raise FedqError(
+                f"{name} is needed on {machine} and not installed here; pip install {name}"
+            ) from None
+
+    found = {_canonical(needed) for _, needed in _requirements(installed, machine, python)}
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in sorted(found)]
 
 
-def _needed(machine: str, python: str) -> Iterator[str]:
+def unmet(folder: Path, machine: str = MACHINE, python: str = PYTHON) -> list[str]:
+    """Return what the wheels of a folder need on a machine and is not among them.
+
+    A version may need there what it does not need here: its wheels are other builds.
+    """
+    versions: dict[str, Version] = {}
+    requires: dict[str, list[str]] = {}
+    for path in folder.glob("*.whl"):
+        name, version, _, _ = parse_wheel_filename(path.name)
+        with zipfile.ZipFile(path) as wheel:
+            entry = next(e for e in wheel.namelist() if e.endswith(".dist-info/METADATA"))
+            raw, _ = parse_email(wheel.read(entry))
+        versions[name], requires[name] = version, raw.get("requires_dist", [])
+
+    def met(needed: Requirement) -> bool:
+        version = versions.get(_canonical(needed))
+        return version is not None and needed.specifier.contains(version, prereleases=True)
+
+    needs = _requirements(lambda name: requires.get(name, ()), machine, python)
+    return [
+        f"{name} needs {needed.name}{needed.specifier}" for name, needed in needs if not met(needed)
+    ]
+
+
+def _canonical(needed: Requirement) -> str:
+    return canonicalize_name(needed.name)
+
+
+def _requirements(
+    requires: Callable[[str], Iterable[str]], machine: str, python: str
+) -> Iterator[tuple[str, Requirement]]:
+    """Yield all that fedq needs on a machine, each with the package that needs it."""
     environment = {
         "platform_machine": machine,
         "platform_system": "Linux",
@@ -47,31 +92,24 @@ def _needed(machine: str, python: str) -> Iterator[str]:
         "platform_python_implementation": "CPython",
     }
     done: set[tuple[str, str]] = set()
-    listed: set[str] = set()
     waiting = [("fedq", "")]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in done:
             continue
         done.add((name, extra))
-        try:
-            requires = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            raise FedqError(
-                f"{name} is needed on {machine} and not installed here; pip install {name}"
-            ) from None
-        if name != "fedq" and name not in listed:
-            listed.add(name)
-            yield name
-        for text in requires:
-            needed = Requirement(text)
+        for needed in map(Requirement, requires(name)):
             if needed.marker is None or needed.marker.evaluate({**environment, "extra": extra}):
-                canonical = str(canonicalize_name(needed.name))
-                waiting += [(canonical, other) for other in ("", *needed.extras)]
+                yield name, needed
+                waiting += [(_canonical(needed), other) for other in ("", *needed.extras)]
 
 
 def make(
-    folder: Path, fedq_wheel: Path | None, machine: str = MACHINE, python: str = PYTHON
+    folder: Path,
+    fedq_wheel: Path | None,
+    machine: str = MACHINE,
+    python: str = PYTHON,
+    builds: str = CPU_BUILDS,
 ) -> dict[str, int]:
     """Fill a folder with wheels for a machine and return their sizes in bytes.
 
@@ -80,6 +118,11 @@ def make(
       fedq_wheel: fedq's own wheel; without it, one is built from the checkout that runs.
       machine: ``aarch64`` or ``x86_64``.
       python: The device's Python, such as ``3.11``.
+      builds: A package index with builds of PyTorch for CPUs.
+
+    Raises:
+      FedqError: If pip cannot fetch them, or they need something that is not among them, as
+        PyTorch's builds for CUDA do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -95,14 +138,18 @@ def make(
     _call([*pip, "wheel", "--quiet", "--no-deps", "-w", str(folder), *source])
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC]
     platforms += [f"manylinux2014_{machine}", f"linux_{machine}"]
-    _call(
-        [
-            *(*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"),
-            *(word for platform in platforms for word in ("--platform", platform)),
-            *("--python-version", python, "--implementation", "cp", "--dest", str(folder)),
-            *(pin for pin in pins if pin not in source),
-        ]
-    )
+    download = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    download += [word for platform in platforms for word in ("--platform", platform)]
+    download += ["--python-version", python, "--implementation", "cp", "--dest", str(folder)]
+    torch = [pin for pin in pins if pin.startswith("torch==")]
+    _call([*download, "--retries", "1", "--extra-index-url", builds, *torch])
+    _call([*download, *(pin for pin in pins if pin not in [*source, *torch])])
+    if lacking := unmet(folder, machine, python):
+        raise FedqError(
+            f"these wheels do not install: {lacking[0]}"
+            + (f", and {len(lacking) - 1} more" if lacking[1:] else "")
+            + (f"; is {builds} within reach? --torch-index names another" if torch else "")
+        )
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
 
 

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -149,6 +150,29 @@ def test_the_wheelhouse_is_for_the_device_not_for_this_machine() -> None:
     assert not names & {"ray", "pytest", "ruff", "fedq"}  # extras are no device's
     assert f"flwr=={metadata.version('flwr')}" in pins
     assert not [pin for pin in pins if "+" in pin]
+
+
+@pytest.mark.parametrize(
+    ("torch", "needs", "lacking"),
+    [
+        ("2.13.0+cpu", "", []),
+        ("2.13.0", 'cuda-toolkit==13.0.3; platform_system == "Linux"', ["cuda-toolkit==13.0.3"]),
+        ("2.13.0", 'cuda-toolkit==13.0.3; platform_machine == "x86_64"', []),
+        ("2.12.0", "", ["torch<2.14,>=2.13"]),
+    ],
+)
+def test_wheels_that_do_not_install_are_told(
+    tmp_path: Path, torch: str, needs: str, lacking: list[str]
+) -> None:
+    def wheel(name: str, version: str, requires: str) -> None:
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {requires}"] if requires else []
+        with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as file:
+            file.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+
+    wheel("fedq", fedq.__version__, "torch>=2.13,<2.14")
+    wheel("torch", torch, needs)
+    assert [text.partition(" needs ")[2] for text in wheelhouse.unmet(tmp_path)] == lacking
 
 
 # --- what a device says --------------------------------------------------------------------------
