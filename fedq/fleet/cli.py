@@ -169,6 +169,14 @@ def add_parser(commands: Any) -> None:
     wheels.add_argument(
         "--torch-index", metavar="URL", help="builds of PyTorch for CPUs (default: PyTorch's own)"
     )
+    wheels.add_argument(
+        "--with",
+        dest="packages",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="also this, as installed here: ai-edge-litert, for the models that are deployed",
+    )
     wheels.add_argument("--fedq-wheel", type=Path, help="fedq itself (default: built here)")
     bench = add("bench", _bench, "measure what this machine can do as a device", server=False)
     bench.add_argument("--model", default="auto")
@@ -566,6 +574,7 @@ def _wheelhouse(options: argparse.Namespace) -> None:
         options.machine,
         options.python,
         options.torch_index or wheelhouse.CPU_BUILDS,
+        options.packages,
     )
     total = sum(sizes.values())
     largest = sorted(sizes.items(), key=lambda item: -item[1])

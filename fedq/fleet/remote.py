@@ -16,6 +16,7 @@ from pathlib import Path
 from fedq.errors import ConfigError, FedqError
 from fedq.fleet.bundle import enrol
 from fedq.fleet.files import Fleet
+from fedq.fleet.wheelhouse import roots
 
 #: Runs a shell script on a device with bytes as its input, and returns its output.
 Transport = Callable[[str, bytes], bytes]
@@ -30,7 +31,7 @@ _INSTALL = """
 tar -xf - -C "$root"
 [ -x "$root/venv/bin/python" ] || python3 -m venv "$root/venv"
 "$root/venv/bin/python" -m pip install --quiet --no-index --find-links "$root/wheels" \\
-    --upgrade fedq
+    --upgrade {packages}
 rm -rf "$root/wheels"
 """
 _SERVICE = """
@@ -114,15 +115,19 @@ def enroll(
 
 
 def install(transport: Transport, wheels: Path) -> None:
-    """Install fedq on a device from a folder of wheels; nothing else is reached from there."""
-    files = sorted(wheels.glob("*.whl"))
-    if not any(path.name.startswith("fedq-") for path in files):
+    """Install a wheelhouse on a device: fedq and what else it was made for.
+
+    Nothing else is reached from there.
+    """
+    files, packages = sorted(wheels.glob("*.whl")), roots(wheels)
+    if "fedq" not in packages:
         raise FedqError(f"no wheel of fedq in {wheels}; make one with fedq fleet wheelhouse")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in files:
             archive.add(path, f"wheels/{path.name}")
-    transport(f"{_HOME}\n{_INSTALL}", buffer.getvalue())
+    script = _INSTALL.replace("{packages}", shlex.join(packages))
+    transport(f"{_HOME}\n{script}", buffer.getvalue())
 
 
 def upgrade(transport: Transport, wheels: Path) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from packaging.metadata import parse_email
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from fedq.errors import ConfigError, FedqError
@@ -31,8 +31,8 @@ SOURCE_ONLY = frozenset({"antlr4-python3-runtime"})
 BROKEN = "pip could not download the wheels"
 
 
-def pinned(machine: str = MACHINE, python: str = PYTHON) -> list[str]:
-    """Return ``name==version`` of all that fedq needs on a machine, as installed here.
+def pinned(machine: str = MACHINE, python: str = PYTHON, packages: Sequence[str] = ()) -> list[str]:
+    """Return ``name==version`` of all that fedq, and others, need on a machine, as installed here.
 
     Local versions, such as ``+cpu``, are of this machine: they are left out.
     """
@@ -45,7 +45,8 @@ def pinned(machine: str = MACHINE, python: str = PYTHON) -> list[str]:
                 f"{name} is needed on {machine} and not installed here; pip install {name}"
             ) from None
 
-    found = {_canonical(needed) for _, needed in _requirements(installed, machine, python)}
+    needs = _requirements(installed, ("fedq", *packages), _environment(machine, python))
+    found = {_canonical(needed) for _, needed in needs} | {canonicalize_name(p) for p in packages}
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in sorted(found)]
 
 
@@ -54,34 +55,55 @@ def unmet(folder: Path, machine: str = MACHINE, python: str = PYTHON) -> list[st
 
     A version may need there what it does not need here: its wheels are other builds.
     """
-    versions: dict[str, Version] = {}
-    requires: dict[str, list[str]] = {}
-    for path in folder.glob("*.whl"):
-        name, version, _, _ = parse_wheel_filename(path.name)
-        with zipfile.ZipFile(path) as wheel:
-            entry = next(e for e in wheel.namelist() if e.endswith(".dist-info/METADATA"))
-            raw, _ = parse_email(wheel.read(entry))
-        versions[name], requires[name] = version, raw.get("requires_dist", [])
+    wheels = _read(folder)
+    environment = _environment(machine, python)
 
     def met(needed: Requirement) -> bool:
-        version = versions.get(_canonical(needed))
-        return version is not None and needed.specifier.contains(version, prereleases=True)
+        name = _canonical(needed)
+        return name in wheels and needed.specifier.contains(wheels[name][0], prereleases=True)
 
-    needs = _requirements(lambda name: requires.get(name, ()), machine, python)
+    needs = _requirements(
+        lambda name: wheels[name][1] if name in wheels else (), wheels, environment
+    )
     return [
         f"{name} needs {needed.name}{needed.specifier}" for name, needed in needs if not met(needed)
     ]
+
+
+def roots(folder: Path) -> list[str]:
+    """Return the packages of a wheelhouse that no other one there needs: what it was made for."""
+    wheels = _read(folder)
+    environment = _environment(MACHINE, PYTHON)
+    needed = {
+        _canonical(requirement)
+        for _, requires in wheels.values()
+        for requirement in map(Requirement, requires)
+        if _applies(requirement, environment, "")
+    }
+    return sorted(wheels.keys() - needed)
+
+
+def _read(folder: Path) -> dict[str, tuple[Version, list[str]]]:
+    """Return version and requirements of each package in a folder, of its newest wheel."""
+    found = []
+    for path in folder.glob("*.whl"):
+        try:
+            name, version, _, _ = parse_wheel_filename(path.name)
+            with zipfile.ZipFile(path) as wheel:
+                entry = next(e for e in wheel.namelist() if e.endswith(".dist-info/METADATA"))
+                about, _ = parse_email(wheel.read(entry))
+        except (InvalidWheelFilename, zipfile.BadZipFile, StopIteration):
+            raise FedqError(f"{path} is damaged, or no wheel; remove it") from None
+        found.append((version, str(name), about.get("requires_dist", [])))
+    return {name: (version, requires) for version, name, requires in sorted(found)}
 
 
 def _canonical(needed: Requirement) -> str:
     return canonicalize_name(needed.name)
 
 
-def _requirements(
-    requires: Callable[[str], Iterable[str]], machine: str, python: str
-) -> Iterator[tuple[str, Requirement]]:
-    """Yield all that fedq needs on a machine, each with the package that needs it."""
-    environment = {
+def _environment(machine: str, python: str) -> dict[str, str]:
+    return {
         "platform_machine": machine,
         "platform_system": "Linux",
         "sys_platform": "linux",
@@ -91,15 +113,27 @@ def _requirements(
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
     }
+
+
+def _applies(needed: Requirement, environment: Mapping[str, str], extra: str) -> bool:
+    return needed.marker is None or needed.marker.evaluate({**environment, "extra": extra})
+
+
+def _requirements(
+    requires: Callable[[str], Iterable[str]],
+    packages: Iterable[str],
+    environment: Mapping[str, str],
+) -> Iterator[tuple[str, Requirement]]:
+    """Yield all that packages need in an environment, each with the package that needs it."""
     done: set[tuple[str, str]] = set()
-    waiting = [("fedq", "")]
+    waiting = [(str(canonicalize_name(package)), "") for package in packages]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in done:
             continue
         done.add((name, extra))
         for needed in map(Requirement, requires(name)):
-            if needed.marker is None or needed.marker.evaluate({**environment, "extra": extra}):
+            if _applies(needed, environment, extra):
                 yield name, needed
                 waiting += [(_canonical(needed), other) for other in ("", *needed.extras)]
 
@@ -110,6 +144,7 @@ def make(
     machine: str = MACHINE,
     python: str = PYTHON,
     builds: str = CPU_BUILDS,
+    packages: Sequence[str] = (),
 ) -> dict[str, int]:
     """Fill a folder with wheels for a machine and return their sizes in bytes.
 
@@ -119,6 +154,7 @@ def make(
       machine: ``aarch64`` or ``x86_64``.
       python: The device's Python, such as ``3.11``.
       builds: A package index with builds of PyTorch for CPUs.
+      packages: Others that the device shall have, as installed here.
 
     Raises:
       FedqError: If pip cannot fetch them, or they need something that is not among them, as
@@ -133,7 +169,7 @@ def make(
         _call([*pip, "wheel", "--quiet", "--no-deps", "-w", str(folder), str(checkout)])
     else:
         (folder / fedq_wheel.name).write_bytes(fedq_wheel.read_bytes())
-    pins = pinned(machine, python)
+    pins = pinned(machine, python, packages)
     source = [pin for pin in pins if pin.partition("==")[0] in SOURCE_ONLY]
     _call([*pip, "wheel", "--quiet", "--no-deps", "-w", str(folder), *source])
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC]

@@ -134,12 +134,31 @@ def test_a_device_is_enrolled_over_a_transport(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {text}" for text in requires]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+
+
 def test_installation_needs_fedqs_own_wheel(tmp_path: Path) -> None:
-    (tmp_path / "numpy-2.0-py3-none-any.whl").touch()
+    wheel(tmp_path, "numpy", "2.0")
     with pytest.raises(FedqError, match="no wheel of fedq"):
+        remote.install(lambda script, data: b"", tmp_path)
+    (tmp_path / "fedq-0.1.0-py3-none-any.whl").write_bytes(b"half a")
+    with pytest.raises(FedqError, match="damaged"):
         remote.install(lambda script, data: b"", tmp_path)
     with pytest.raises(ConfigError, match="no host"):
         remote.over_ssh("-oProxyCommand=evil")
+
+
+def test_what_a_wheelhouse_was_made_for_is_installed(tmp_path: Path) -> None:
+    wheel(tmp_path, "fedq", "0.1.0", "numpy", 'ai-edge-litert; extra == "export-litert"')
+    wheel(tmp_path, "ai_edge_litert", "2.3.0", "numpy>=1.23")
+    wheel(tmp_path, "numpy", "2.0")
+    scripts: list[str] = []
+    remote.install(lambda script, data: scripts.append(script) or b"", tmp_path)
+    assert "--upgrade ai-edge-litert fedq\n" in scripts[0]
 
 
 def test_the_wheelhouse_is_for_the_device_not_for_this_machine() -> None:
@@ -155,23 +174,18 @@ def test_the_wheelhouse_is_for_the_device_not_for_this_machine() -> None:
 @pytest.mark.parametrize(
     ("torch", "needs", "lacking"),
     [
-        ("2.13.0+cpu", "", []),
-        ("2.13.0", 'cuda-toolkit==13.0.3; platform_system == "Linux"', ["cuda-toolkit==13.0.3"]),
-        ("2.13.0", 'cuda-toolkit==13.0.3; platform_machine == "x86_64"', []),
-        ("2.12.0", "", ["torch<2.14,>=2.13"]),
+        ("2.13.0+cpu", [], []),
+        ("2.13.0", ["cuda==13; platform_system == 'Linux'"], ["cuda==13"]),
+        ("2.13.0", ["cuda==13; platform_machine == 'x86_64'"], []),
+        ("2.12.0", [], ["torch<2.14,>=2.13"]),
     ],
 )
 def test_wheels_that_do_not_install_are_told(
-    tmp_path: Path, torch: str, needs: str, lacking: list[str]
+    tmp_path: Path, torch: str, needs: list[str], lacking: list[str]
 ) -> None:
-    def wheel(name: str, version: str, requires: str) -> None:
-        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        lines += [f"Requires-Dist: {requires}"] if requires else []
-        with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as file:
-            file.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
-
-    wheel("fedq", fedq.__version__, "torch>=2.13,<2.14")
-    wheel("torch", torch, needs)
+    wheel(tmp_path, "fedq", fedq.__version__, "torch>=2.13,<2.14")
+    wheel(tmp_path, "torch", "2.9", "opencl")  # what an earlier wheelhouse left
+    wheel(tmp_path, "torch", torch, *needs)
     assert [text.partition(" needs ")[2] for text in wheelhouse.unmet(tmp_path)] == lacking
 
 
