@@ -3,7 +3,7 @@
 One JSON file per codec and example holds the configuration, the layout, the input (little-endian
 float32, hexadecimal), the seed, the payload and the decoded vector. ``python -m tests.golden
 --write`` writes missing files and refuses to change existing ones without ``--force``; ``--check``
-compares, without pytest, on machines that have Python, NumPy and little else (``tests/aarch64.sh``).
+compares, without pytest, where there is Python, NumPy and little else (``tests/aarch64.sh``).
 """
 
 from __future__ import annotations
