@@ -31,15 +31,19 @@ if [ ! -d "$root/home/me" ]; then
     chroot "$root" useradd --create-home me
 fi
 mountpoint -q "$root/proc" || mount -t proc proc "$root/proc"
-mountpoint -q "$root/dev" || mount --rbind /dev "$root/dev"
+mountpoint -q "$root/dev" || mount --bind /dev "$root/dev"
 mkdir -p "$root/src"
 mountpoint -q "$root/src" || mount --bind "$PWD" "$root/src"
 work=$(mktemp -d)
 cleanup() {
+    fedq fleet down >/dev/null 2>&1 || true
     # shellcheck disable=SC2046
     kill $(jobs -p) 2>/dev/null || true
-    fedq fleet down --fleet "$work/fleet" >/dev/null 2>&1 || true
-    umount "$root/src" && umount -R "$root/dev" && umount "$root/proc"
+    for process in /proc/[0-9]*; do
+        [ "$(readlink "$process/root")" != "$root" ] || kill -9 "${process#/proc/}" || true
+    done
+    wait
+    umount --lazy "$root/src" "$root/dev" "$root/proc"
     rm -rf "$work"
 }
 trap cleanup EXIT
@@ -73,13 +77,15 @@ for jit in on off; do
 done
 
 say 'a federation of two architectures'
-pi .fedq/venv/bin/fedq fleet node &
-fedq fleet node "$work/here" &
+ssh -- pi-1 .fedq/venv/bin/fedq fleet node &
+"$python" -m fedq.cli fleet node "$work/here" &
 fedq fleet run data=mnist5k rounds=3 clients_per_round=2 local_epochs=1 batch_size=32 \
     baseline=false run_dir="$work/run"
-same() { cmp "$1" "$2" && echo "the same on both: $3"; }
 model=$(cd "$work/here/state" && ls */model/000003.f32)
-same "$work/here/state/$model" "$root/home/me/.fedq/device/state/$model" "$(basename "$model")"
+theirs=$root/home/me/.fedq/device/state/$model
+timeout 300 sh -c "until [ -e '$theirs' ]; do sleep 1; done" # the last model comes after the run
+cmp "$work/here/state/$model" "$theirs"
+echo 'both hold the same model, bit by bit'
 
 say 'the model comes home'
 fedq fleet deploy "$work/run"

@@ -78,7 +78,8 @@ def with_device_biases(model: nn.Module, input_shape: Sequence[int]) -> nn.Modul
     """Return a copy of a network with fake quantizers whose biases are those of its integer graph.
 
     Devices hold biases as int32 multiples of the products of steps. That is all that tells the
-    integers from training: this copy gives their outputs exactly, up to ties of float sums.
+    integers from training: this copy, in float64, gives their outputs exactly, but for ties. In
+    float32 it would not be as near, as sums, scales and biases are rounded once more.
 
     Args:
       model: As for :func:`convert`.
@@ -88,9 +89,13 @@ def with_device_biases(model: nn.Module, input_shape: Sequence[int]) -> nn.Modul
     assert isinstance(twin, PreparedModel)
     converter = _Converter(twin, tuple(input_shape))
     graph = converter.run()
+    exact = {op.path: _exact(twin.get_submodule(op.path), op.path) for op in graph.weighted}
+    twin.double()
     with torch.no_grad():
         for op in graph.weighted:
             layer, norm = twin.get_submodule(op.path), converter.norms[op.path]
+            layer.weight = nn.Parameter(exact[op.path])
+            layer.weight_quantizer.enabled = False  # type: ignore[union-attr]
             gain, bias = _folded(layer, norm)
             held = op.weights.bias * (op.input.grid.scale * op.weights.scales.astype(np.float64))
             moved = torch.from_numpy(held - bias)
@@ -101,6 +106,13 @@ def with_device_biases(model: nn.Module, input_shape: Sequence[int]) -> nn.Modul
                 assert isinstance(shift, Tensor)
                 shift += moved
     return twin
+
+
+def _exact(layer: nn.Module, path: str) -> Tensor:
+    """Return a layer's fake-quantized weight in float64: its integers times their scale."""
+    weight = integer_weight(layer, path)
+    scales = weight.scales.reshape(-1, *[1] * (weight.values.ndim - 1))
+    return torch.from_numpy(weight.values * scales)
 
 
 class _Converter:

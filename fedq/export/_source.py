@@ -63,10 +63,14 @@ class Source:
 
 
 def outputs(network: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what a network in evaluation mode gives for (n, *shape) inputs, in batches."""
+    """Return what a network in evaluation mode gives for (n, *shape) inputs, in batches, float32.
+
+    It computes in the precision of its parameters.
+    """
+    kind = next((p.dtype for p in network.parameters()), torch.float32)
     with torch.no_grad():
         parts = [
-            network(torch.from_numpy(x[start : start + _FORWARD])).numpy()
+            network(torch.from_numpy(x[start : start + _FORWARD]).to(kind)).float().numpy()
             for start in range(0, len(x), _FORWARD)
         ]
     return np.concatenate(parts)
