@@ -34,6 +34,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -355,6 +356,14 @@ def metric_named(name: str) -> Metric:
     return metric
 
 
+def here() -> dict[str, str]:
+    """Return the date and the processor, with whether it multiplies int8: that decides the gains."""
+    found = when_and_where()
+    flags = Path("/proc/cpuinfo")
+    vnni = flags.exists() and re.search(r"\b(avx512_vnni|avx_vnni)\b", flags.read_text())
+    return {**found, "cpu": found["cpu"] + (" with VNNI" if vnni else "")}
+
+
 def report(out: Path, cells: list[dict[str, Any]]) -> None:
     """Write the results so far."""
     order = list(SUBJECTS)
@@ -394,9 +403,9 @@ def main() -> None:
         every = {**SUBJECTS, **subjects}
         settings = {name: f"{subject} seed {arguments.seed}" for name, subject in every.items()}
         cells = earlier(arguments.out, settings)
-        here = {"cpu": when_and_where()["cpu"]}
+        cpu = {"cpu": here()["cpu"]}
         done = {
-            (c["model"], c["bits"], c["runtime"], c.get("energy")) for c in cells if c | here == c
+            (c["model"], c["bits"], c["runtime"], c.get("energy")) for c in cells if c | cpu == c
         }
         networks = Networks(arguments.work, arguments.seed, arguments.words)
         for model, subject in subjects.items():
@@ -419,8 +428,8 @@ def main() -> None:
                         if name == INTEGERS
                         else executed(source, fedq.build("exporter", name))
                     )
-                    cells = without(cells, {**key, **here, "energy": None})
-                    about = {"settings": settings[model], **when_and_where()}
+                    cells = without(cells, {**key, **cpu, "energy": None})
+                    about = {"settings": settings[model], **here()}
                     cells.append({**key, **measured, **about})
                     print(row(cells[-1]), flush=True)
                     gc.collect()
@@ -430,8 +439,8 @@ def main() -> None:
                 key = {"model": model, "bits": 8, "runtime": FACTORED_FOR, "energy": energy}
                 if model in subjects and (arguments.again or tuple(key.values()) not in done):
                     measured = factored(networks, model, subjects[model], energy)
-                    about = {"settings": settings[model], **when_and_where()}
-                    cells = [*without(cells, {**key, **here}), {**key, **measured, **about}]
+                    about = {"settings": settings[model], **here()}
+                    cells = [*without(cells, {**key, **cpu}), {**key, **measured, **about}]
                     report(arguments.out, cells)
 
 
@@ -439,7 +448,7 @@ def earlier(out: Path, settings: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the cells of the same settings, and those of other processors."""
     own, path = earlier_cells(out, "export", settings, "model"), out / "export.json"
     every = json.loads(path.read_text()).get("cells", []) if path.exists() else []
-    cpu = when_and_where()["cpu"]
+    cpu = here()["cpu"]
     return [cell for cell in every if cell in own or cell["cpu"] != cpu]
 
 

@@ -91,10 +91,14 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _size_and_date(found: Cells) -> tuple[int, str]:
+    return len(found), max(cell["date"] for own in found.values() for cell in own.values())
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the page with the tables of the results file."""
     found = cells()
-    whole = max(found.values(), key=len)  # the processor that the whole zoo was measured on
+    whole = max(found.values(), key=_size_and_date)  # where the whole zoo was measured, last
     tables = [f"{cpu}:\n\n{gains(own)}" for cpu, own in found.items()]
     page = _make.with_made(PAGE.read_text(), "parity", parity(whole))
     yield PAGE, _make.with_made(page, "gains", "\n\n".join(tables))
