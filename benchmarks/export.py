@@ -357,7 +357,7 @@ def metric_named(name: str) -> Metric:
 
 
 def here() -> dict[str, str]:
-    """Return the date and the processor, with whether it multiplies int8: that decides the gains."""
+    """Return the date and the processor, with whether it multiplies int8."""
     found = when_and_where()
     flags = Path("/proc/cpuinfo")
     vnni = flags.exists() and re.search(r"\b(avx512_vnni|avx_vnni)\b", flags.read_text())
