@@ -509,7 +509,11 @@ def _simulate_one(overrides: list[str]) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         simulation.simulate(
-            experiment, baseline, resume=resume is not None, watch=progress.watch(console)
+            experiment,
+            baseline,
+            resume=resume is not None,
+            watch=progress.watch(console),
+            overrides=overrides,
         )
     except KeyboardInterrupt:
         _complain(f"interrupted; continue with: fedq simulate {shlex.quote(f'resume={path}')}")

@@ -4,7 +4,7 @@
 
     schema      of this file
     config      all options as they were asked for; ``config_sha256`` over what decides the result
-    overrides   what was asked of this cell of a sweep; none for a run of its own
+    overrides   what the command line said
     baseline    the float run to compare with, relative to the run directory
     seeds       every seed among the options
     sessions    one per start of the run: time, git state, versions, hardware
@@ -32,7 +32,7 @@ from fedq.results import versions, write_file
 MANIFEST = "manifest.json"
 SCHEMA = 1
 #: Options that say where and how fast a run is, not what it computes.
-_ELSEWHERE = {"run_dir", "resume", "baseline", "engine", "decode_threads", "server_memory_gb"}
+ELSEWHERE = {"run_dir", "resume", "baseline", "engine", "decode_threads", "server_memory_gb"}
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     >>> fingerprint({"seed": 1, "run_dir": "a"}) == fingerprint({"run_dir": "b", "seed": 1})
     True
     """
-    decisive = {key: value for key, value in config.items() if key not in _ELSEWHERE}
+    decisive = {key: value for key, value in config.items() if key not in ELSEWHERE}
     text = json.dumps(decisive, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -58,7 +58,7 @@ def write(
     Args:
       path: The run directory; made if there is none.
       config: Its options, as :meth:`fedq.experiment.Experiment.to_config` gives them.
-      overrides: What was asked of this cell of a sweep.
+      overrides: What the command line said.
       baseline: Path of the float run from ``path``.
       sessions: Starts so far; see :func:`begin`.
 
@@ -78,7 +78,12 @@ def write(
     write_file(path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def begin(path: Path, config: Mapping[str, Any], baseline: str | None = None) -> None:
+def begin(
+    path: Path,
+    config: Mapping[str, Any],
+    baseline: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """Note that a run starts or goes on, now and here; write the manifest if there is none."""
     try:
         found = read(path) or {}
@@ -88,7 +93,7 @@ def begin(path: Path, config: Mapping[str, Any], baseline: str | None = None) ->
     write(
         path,
         found.get("config", config),
-        found.get("overrides", ()),
+        found.get("overrides", overrides),
         found.get("baseline", baseline),
         [*found.get("sessions", ()), started | provenance()],
     )

@@ -124,7 +124,9 @@ def make_site(
     return PoisonedSite(*rows, registry.from_config("attack", attack), frozenset(hostile))
 
 
-def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirectory:
+def run_directory(
+    experiment: Experiment, path: Path, resume: bool, overrides: Sequence[str] = ()
+) -> RunDirectory:
     """Return the locked directory of an experiment's run, new or continued."""
     settings = experiment.replace(run_dir=str(path)).to_config()
     if resume:
@@ -133,7 +135,7 @@ def run_directory(experiment: Experiment, path: Path, resume: bool) -> RunDirect
     else:
         directory = RunDirectory.create(path, settings)
     try:
-        manifest.begin(path, settings, BASELINE if experiment.baseline else None)
+        manifest.begin(path, settings, BASELINE if experiment.baseline else None, overrides)
     except BaseException:
         directory.close()
         raise
@@ -147,6 +149,7 @@ def run_experiment(
     resume: bool = False,
     watch: Watch = no_watch,
     parts: Sequence[NDArray[np.int64]] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Outcome:
     """Run one experiment into a directory, or continue the one that is there.
 
@@ -156,6 +159,7 @@ def run_experiment(
       resume: Continue what is there.
       watch: Shows progress.
       parts: The training rows of each client, in place of those of the experiment's partition.
+      overrides: What the command line said, for the manifest.
     """
     if experiment.keys is not None:
         raise ConfigError("simulated clients have simulated keys; keys= is for a real fleet")
@@ -184,7 +188,8 @@ def run_experiment(
     cohort = experiment.clients_per_round
     if isinstance(cohort, int) and cohort > len(filled):
         LOG.warning("clients_per_round=%d, but there are %d: all take part", cohort, len(filled))
-    with run_directory(experiment, path, resume) as directory, watch(experiment) as observer:
+    opened = run_directory(experiment, path, resume, overrides)
+    with opened as directory, watch(experiment) as observer:
 
         def serve(grid: Grid) -> dict[str, Any]:
             return server.run(
@@ -210,6 +215,7 @@ def simulate(
     *,
     resume: bool = False,
     watch: Watch = no_watch,
+    overrides: Sequence[str] = (),
 ) -> list[Outcome]:
     """Run an experiment and, beside it, a baseline in its sub-directory ``baseline/``.
 
@@ -218,13 +224,16 @@ def simulate(
       baseline: The same federation in float, or None.
       resume: Continue what is in ``run_dir``; finished runs are not run again.
       watch: Shows progress.
+      overrides: What the command line said, for the manifest.
     """
     path = Path(experiment.run_dir or default_run_path())
     outcomes = []
-    for which, where in ((experiment, path), (baseline, path / BASELINE)):
+    for which, where, said in ((experiment, path, overrides), (baseline, path / BASELINE, ())):
         if which is None:
             continue
         begun = resume and holds_run(where)
         outcome = finished(which, where) if begun else None
-        outcomes.append(outcome or run_experiment(which, where, resume=begun, watch=watch))
+        if outcome is None:
+            outcome = run_experiment(which, where, resume=begun, watch=watch, overrides=said)
+        outcomes.append(outcome)
     return outcomes

@@ -147,15 +147,20 @@ def planned(base: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     found = list(manifests(base))
     if not found:
         raise ConfigError(f"{base} holds no sweep; give the directory that a sweep's run_dir was")
-    labels = distinct([entry["overrides"] for _, entry in found])
+    changed = {text.partition("=")[0] for text in overrides}
+    requests = [
+        [text for text in entry["overrides"] if text.partition("=")[0] not in changed]
+        + ([] if path.parent.name == BASELINES else list(overrides))
+        for path, entry in found
+    ]
     cells = []
-    for (path, entry), label in zip(found, labels, strict=True):
+    for (path, entry), request, label in zip(found, requests, distinct(requests), strict=True):
         experiment = config.load_resumed(entry["config"], overrides)
         if overrides:
-            _note(path, experiment, entry["overrides"], entry["baseline"])
+            _note(path, experiment, request, entry["baseline"])
         is_float = path.parent.name == BASELINES
         name = f"{experiment.name} {label}".strip() if is_float else label
-        cells.append(Cell(path, name, experiment, tuple(entry["overrides"])))
+        cells.append(Cell(path, name, experiment, tuple(request)))
     return cells
 
 

@@ -210,6 +210,7 @@ class _Choice:
     def __init__(self, codec: LowRank, matrix: NDArray[np.float64]) -> None:
         rank = min(codec.rank, min(matrix.shape) // 2)
         self._left, self._size, self._right = _leading(matrix, rank)
+        rank = self._size.size  # 0 of a matrix of zeros
         ranks = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, rank)
         self._ranks = sorted({r for r in ranks if r <= rank})
         left, right = self._left * self._size, self._right * self._size[:, None]

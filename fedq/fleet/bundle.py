@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -80,7 +79,7 @@ def join(
     device.save()
     identity.write_private(device.key, identity.openssh(key))
     identity.write_private(device.ca, content["ca.crt"])
-    (root / units.NODE).write_text(units.node(root, shutil.which("fedq") or "fedq"))
+    (root / units.NODE).write_text(units.node(root, units.command()))
     return device
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -231,9 +230,7 @@ def _init(options: argparse.Namespace) -> None:
         control_port=options.control_port,
         listen=options.listen,
     )
-    fleet.path(units.SUPERLINK).write_text(
-        units.superlink(fleet.root, shutil.which("fedq") or "fedq")
-    )
+    fleet.path(units.SUPERLINK).write_text(units.superlink(fleet.root, units.command()))
     _enrol(options, fleet, options.devices)
 
 
@@ -527,16 +524,12 @@ def _enroll(options: argparse.Namespace) -> None:
 
     _node_options(options.node)  # a misspelling must not wait for the network
     transport = remote.over_ssh(options.ssh or options.device)
-    fleet, how = remote.enroll(
-        _open(options),
-        options.device,
-        transport,
-        node=options.node,
-        wheels=options.wheels,
-        service=not options.no_service,
+    fleet = remote.enroll(
+        _open(options), options.device, transport, node=options.node, wheels=options.wheels
     )
-    _sync(fleet)
+    _sync(fleet)  # the service is not up until the server accepts it
     said = remote.accepted(transport)
+    how = "none" if options.no_service else remote.serve(transport)
     text = "runs as a service" if how == "service" else "start it there: fedq fleet node"
     _tell(options, {"device": options.device, "runs": how, "said": said}, said, text)
 

@@ -36,7 +36,7 @@ rm -rf "$root/wheels"
 """
 _SERVICE = """
 if command -v systemctl >/dev/null && sudo -n true 2>/dev/null; then
-    sudo -n cp "$root/device/fedq-node.service" /etc/systemd/system/
+    sudo -n install -m 644 "$root/device/fedq-node.service" /etc/systemd/system/
     sudo -n sed -i "/^\\[Service\\]/a User=$(id -un)" /etc/systemd/system/fedq-node.service
     sudo -n systemctl daemon-reload
     sudo -n systemctl enable fedq-node
@@ -82,9 +82,8 @@ def enroll(
     *,
     node: Sequence[str] = (),
     wheels: Path | None = None,
-    service: bool = True,
-) -> tuple[Fleet, str]:
-    """Make a device part of the fleet: software, a new key, its data's place, its service.
+) -> Fleet:
+    """Make a device part of the fleet: software, a new key, its data's place.
 
     Args:
       fleet: Gets the device, or the device's new key.
@@ -92,10 +91,6 @@ def enroll(
       transport: To the device.
       node: ``KEY=VALUE`` of its data, as for ``fedq fleet join``.
       wheels: A wheelhouse to install from; without one, fedq is there already.
-      service: Whether to have systemd start it, where that is possible.
-
-    Returns:
-      The fleet, and how the device runs: ``service``, or ``none``.
     """
     if wheels is not None:
         install(transport, wheels)
@@ -108,10 +103,12 @@ def enroll(
         f" rm {archive}",
         code.encode() + b"\n",
     )
-    how = b"none"
-    if service:
-        how = transport(f"{_HOME}\n{_SERVICE}", b"").strip()
-    return fleet, how.decode()
+    return fleet
+
+
+def serve(transport: Transport) -> str:
+    """Have systemd start a device, where that is possible; return ``service``, or ``none``."""
+    return transport(f"{_HOME}\n{_SERVICE}", b"").strip().decode()
 
 
 def install(transport: Transport, wheels: Path) -> None:
@@ -133,7 +130,7 @@ def install(transport: Transport, wheels: Path) -> None:
 def upgrade(transport: Transport, wheels: Path) -> str:
     """Install newer software on a device and restart its service; return how it runs."""
     install(transport, wheels)
-    return transport(f"{_HOME}\n{_SERVICE}", b"").strip().decode()
+    return serve(transport)
 
 
 def log(transport: Transport, lines: int) -> list[str]:
@@ -143,6 +140,8 @@ def log(transport: Transport, lines: int) -> list[str]:
       FedqError: If the device keeps no journal of it.
     """
     script = f"journalctl --quiet --no-pager --output cat --unit fedq-node --lines {lines:d}"
+    # A system's journal is its administrators'.
+    script = f'said=$({script}); [ -n "$said" ] || said=$(sudo -n {script}) || :; printf %s "$said"'
     said = transport(script, b"").decode(errors="replace").splitlines()
     if not said:
         raise FedqError("no log there; if fedq fleet node is no service, look where it was started")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 from fedq.errors import ConfigError
@@ -75,6 +77,12 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def command() -> str:
+    """Return the fedq that runs: systemd takes a path, and knows no virtual environment."""
+    beside = Path(sys.executable).with_name("fedq")
+    return str(beside) if beside.exists() else shutil.which("fedq") or str(beside)
 
 
 def node(root: Path, command: str) -> str:

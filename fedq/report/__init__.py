@@ -89,7 +89,7 @@ def report(
         else:
             study = Study.of(runs, reference)
             doubts = [f"left out: {path}: {reason}" for path, reason in found.left_out.items()]
-            doubts += remarks(runs)
+            doubts += remarks(runs, study)
             if len(study.methods) < len(runs) or len(study.tasks) > 1:
                 shown, said = study_tables.table(study), []
             written, hints = _write(study, runs, folder, doubts)

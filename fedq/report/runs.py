@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from fedq.errors import ConfigError, FedqError
 from fedq.metrics import ACCURACY, Metric, metric_of
 
 BASELINE = "baseline"
+#: Groups that change what is learnt or sent: a float run has none of them.
+_OTHER = ("quantization", "privacy", "secure_aggregation", "attack", "pruning")
 #: "Equal" is what is worth this part of the float run's final score, if both runs reach it.
 EQUAL_PART = 0.99
 #: What a run spends: sums over rounds of these keys of ``rounds.jsonl``.
@@ -67,21 +70,23 @@ class Run:
 
     @property
     def codec(self) -> str:
-        """The uplink codec and the options that differ from its defaults, in one line.
+        """What encodes the uplink, and its options that differ from its defaults, in one line.
 
-        Of a pruned model also how much of it is zero.
+        Secure aggregation sends integers of its own. Of a pruned model also how much is zero.
         """
-        choice = self.config.get("codec")
-        name = registry.describe(choice, "codec") if choice else str(self.summary.get("codec", ""))
+        group, choice = "secure_aggregation", self.config.get("secure_aggregation")
+        if _name(choice) in (None, "none"):
+            group, choice = "codec", self.config.get("codec")
+        name = registry.describe(choice, group) if choice else str(self.summary.get("codec", ""))
         zeros = number(self.summary.get("sparsity"))
         return f"{name}, {zeros:.0%} pruned" if zeros else name
 
     @cached_property
     def is_float(self) -> bool:
-        """Whether nothing on the wire was compressed: what the others are compared with."""
-        wire = (self.config.get("codec"), self.config.get("downlink"))
-        names = {c.get("name") if isinstance(c, Mapping) else c for c in wire}
-        return names == {"identity"} or self.name == "float_baseline"
+        """Whether it is plain FedAvg with float32 messages: what the others are compared with."""
+        wire = {_name(self.config.get(key)) for key in ("codec", "downlink")}
+        plain = all(_name(self.config.get(key)) in (None, "none") for key in _OTHER)
+        return (wire == {"identity"} and plain) or self.name == "float_baseline"
 
     @cached_property
     def metric(self) -> Metric:
@@ -96,8 +101,9 @@ class Run:
 
     @cached_property
     def task(self) -> str:
-        """Data and partition, as a key to compare."""
-        return json.dumps([self.config.get(key) for key in ("data", "partition")], sort_keys=True)
+        """Data, partition and number of clients, as a key to compare."""
+        keys = "data", "partition", "clients"
+        return json.dumps([self.config.get(key) for key in keys], sort_keys=True)
 
     @property
     def seed(self) -> int | None:
@@ -376,15 +382,22 @@ def references(runs: Sequence[Run]) -> list[Run | None]:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Return one distinct label per run: names where they differ, else paths below the runs."""
     names = [run.name for run in runs]
-    if len(set(names)) == len(names):
-        return names
-    paths = [run.path.resolve() for run in runs]
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [path.relative_to(root).as_posix() for path in paths]
+    return names if len(set(names)) == len(names) else places(runs)
+
+
+def places(runs: Sequence[Run]) -> list[str]:
+    """Return the path of each run below the directory that holds all of them."""
+    root = Path(os.path.commonpath([run.place.parent for run in runs]))
+    return [run.place.relative_to(root).as_posix() for run in runs]
 
 
 def number(value: object) -> float | None:
-    """Return a number that a file holds, None if it is something else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """Return a finite number that a file holds, None if it is something else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
     return None
+
+
+def _name(choice: object) -> Any:
+    """Return the name of a choice in a configuration."""
+    return choice.get("name") if isinstance(choice, Mapping) else choice

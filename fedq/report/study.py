@@ -8,6 +8,7 @@ and run ``s`` of the other began from the same model, with the same clients in e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 from fedq import manifest, registry
 from fedq.errors import ConfigError
 from fedq.metrics import ACCURACY, Metric
-from fedq.report.runs import COSTS, EQUAL_PART, Run, number, references
+from fedq.report.runs import COSTS, EQUAL_PART, Run, number, places, references
 
 CONFIDENCE = 0.95
 
@@ -170,7 +171,7 @@ class Study:
 
     @classmethod
     def of(cls, runs: Sequence[Run], reference: str | None = None) -> Study:
-        """Group runs.
+        """Group runs; of several of one configuration and seed the first finished one counts.
 
         Args:
           runs: All runs.
@@ -182,7 +183,10 @@ class Study:
         alike: dict[str, dict[Any, Run]] = {}
         for run in runs:
             config = {key: value for key, value in run.config.items() if key != "seed"}
-            alike.setdefault(manifest.fingerprint(config), {}).setdefault(run.seed, run)
+            group = alike.setdefault(manifest.fingerprint(config), {})
+            earlier = group.get(run.seed)
+            if earlier is None or (run.finished and not earlier.finished):
+                group[run.seed] = run
         groups = [tuple(group.values()) for group in alike.values()]
         tasks = _tasks(groups)
         names = _names(groups, tasks)
@@ -316,16 +320,25 @@ class Reached:
         return self.by_float.mean / self.spent.mean
 
 
-def remarks(runs: Iterable[Run]) -> list[str]:
-    """Return what a reader of the tables must know about single runs."""
+def remarks(runs: Iterable[Run], study: Study | None = None) -> list[str]:
+    """Return what a reader of the tables must know about single runs.
+
+    Args:
+      runs: All runs.
+      study: What was made of them.
+    """
     said = []
     versions: set[str] = set()
+    counted = None if study is None else {run.place for run in study.runs}
     for run in runs:
-        if not run.finished:
+        if counted is not None and run.place not in counted:
+            said.append(f"{run.path}: left out, another run has its configuration and seed")
+        elif not run.finished:
             said.append(f"{run.path}: unfinished, {run.done} of {run.planned} rounds")
         elif run.score is None:
             said.append(f"{run.path}: has no {run.metric.title}; another version of fedq wrote it")
-        versions.add(str((run.summary.get("versions") or {}).get("fedq", "unknown")))
+        if run.finished:  # others do not say
+            versions.add(str((run.summary.get("versions") or {}).get("fedq", "unknown")))
     if len(versions) > 1:
         said.append(f"runs of several versions of fedq: {', '.join(sorted(versions))}")
     return said
@@ -356,11 +369,13 @@ def _referred(method: Method, methods: Sequence[Method], label: str | None) -> M
 
 
 def _tasks(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Return each group's task: data, and partition where one data set has several."""
-    data = [registry.describe(_placeless(group[0].config.get("data")), "data") for group in groups]
-    parts = [registry.describe(group[0].config.get("partition"), "partition") for group in groups]
-    several = len(set(parts)) > 1
-    return [f"{d}, {p}" if several else d for d, p in zip(data, parts, strict=True)]
+    """Return each group's task: data, with partition and clients where one data set has several."""
+    configs = [group[0].config for group in groups]
+    data = [registry.describe(_placeless(config.get("data")), "data") for config in configs]
+    parts = [registry.describe(config.get("partition"), "partition") for config in configs]
+    clients = [f"{config.get('clients')} clients" for config in configs]
+    several = [each for each in (parts, clients) if len(set(each)) > 1]
+    return [", ".join(words) for words in zip(data, *several, strict=True)]
 
 
 def _placeless(choice: Any) -> Any:
@@ -373,16 +388,29 @@ def _placeless(choice: Any) -> Any:
 def _names(groups: Sequence[Sequence[Run]], tasks: Sequence[str]) -> list[str]:
     """Return labels that are distinct within each task: names, then overrides, then paths."""
     names = [group[0].name for group in groups]
-    overrides = [group[0].manifest.get("overrides", []) for group in groups]
+    asked = [_asked(group[0]) for group in groups]
+    paths = places([group[0] for group in groups])
     labels = list(names)
-    for task in dict.fromkeys(tasks):
-        own = [i for i, other in enumerate(tasks) if other == task]
-        shared = set.intersection(*(set(overrides[i]) for i in own))
+    for own in _alike(zip(tasks, names, strict=True)):
+        shared = set.intersection(*(set(asked[i]) for i in own))
         for i in own:
-            if sum(names[j] == names[i] for j in own) > 1:
-                words = [o for o in overrides[i] if o not in shared and not o.startswith("seed=")]
-                labels[i] = " ".join(words) or names[i]
+            labels[i] = " ".join(word for word in asked[i] if word not in shared) or names[i]
+    for own in _alike(zip(tasks, labels, strict=True)):
         for i in own:
-            if sum(labels[j] == labels[i] for j in own) > 1:
-                labels[i] = f"{labels[i]} ({groups[i][0].path.name})"
+            labels[i] = f"{labels[i]} ({paths[i]})"
     return labels
+
+
+def _asked(run: Run) -> list[str]:
+    """Return the overrides of a run that decide its result, but for the seed."""
+    aside = {"seed", *manifest.ELSEWHERE}
+    found = run.manifest.get("overrides", [])
+    return [text for text in found if re.split("[.=]", text.lstrip("+~"))[0] not in aside]
+
+
+def _alike(keys: Iterable[tuple[str, str]]) -> list[list[int]]:
+    """Return the places of each key that there are several of."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return [places for places in found.values() if len(places) > 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import ipaddress
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -118,13 +119,14 @@ def test_a_device_is_enrolled_over_a_transport(tmp_path: Path) -> None:
     fleet = Fleet.create(tmp_path / "fleet", name="shelf", server="127.0.0.1", port=1)
     transport = here(tmp_path / "pi")
     node = ["data=npz", "data-path=/data/own data.npz", "partition-id=3"]
-    fleet, how = remote.enroll(fleet, "pi-1", transport, node=node, service=False)
-    assert how == "none"
+    fleet = remote.enroll(fleet, "pi-1", transport, node=node)
     device = Device.open(tmp_path / "pi" / ".fedq" / "device")
     assert device.name == "pi-1"
     assert device.node == {
         "data": "npz", "data-path": "/data/own data.npz", "partition-id": 3,
     }  # fmt: skip
+    unit = (device.root / units.NODE).read_text()
+    assert re.search(r"^ExecStart=/\S+ fleet node /", unit, re.MULTILINE)  # systemd has no PATH
     assert fleet.devices == ("pi-1",)
     assert not (tmp_path / "pi" / ".fedq" / "pi-1.tar").exists()
     with pytest.raises(FedqError, match="cannot be reached"):
