@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -86,7 +87,9 @@ def warn_of_losses(record: Mapping[str, Any]) -> None:
     lost = {kind: count for kind, count in record["rejected"].items() if count}
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
-        reasons = f" ({'; '.join(record['reasons'])})" if record["reasons"] else ""
+        alike = Counter(record["reasons"])  # of several clients
+        said = "; ".join(f"{n} x {text}" if n > 1 else text for text, n in alike.items())
+        reasons = f" ({said})" if said else ""
         LOG.warning("round %d lost updates: %s%s", record["round"], counts, reasons)
     if record.get("skipped"):
         LOG.warning("round %d had no quorum; the model stays as it was", record["round"])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedq import registry, results
+from fedq import manifest, registry, results
 from fedq.errors import ConfigError, FedqError
 from fedq.metrics import metric_of
 from fedq.report.runs import BASELINE, Run
@@ -95,7 +95,7 @@ class _Followed:
 
     def __init__(self, path: Path, number: int, root: Path) -> None:
         self._path, self._number = path, number
-        self._label = "" if path == root else path.relative_to(root).as_posix()
+        self._place = "" if path == root else path.relative_to(root).as_posix()
         self._offset = 0
         self._known = self._ended = False
 
@@ -123,11 +123,21 @@ class _Followed:
             for key in ("model", "data", "quantization", "aggregator")
         }  # their options are in config.yaml
         return {
-            "label": " ".join(text for text in (self._label, run.name) if text),
+            "place": self._place,
+            "name": run.name,
+            "asked": self._asked(),
             "rounds": run.planned,
             # with its defaults: to know them would take the codecs, and a share of the run's CPU
             "facts": {**names, "codec": registry.describe(config.get("codec"))},
         }
+
+    def _asked(self) -> list[str]:
+        """Return what the command line said of the run, which tells cells of a sweep apart."""
+        try:
+            found = (manifest.read(self._path) or {}).get("overrides", [])
+        except FedqError:
+            return []
+        return [text for text in found if text.partition("=")[0] not in manifest.ELSEWHERE]
 
     def _rounds(self) -> Iterator[dict[str, Any]]:
         path = self._path / results.ROUNDS

@@ -235,7 +235,8 @@ def test_truncate_rounds(tmp_path: Path) -> None:
         for number in range(6):
             run.append_round({"round": number})
         run.truncate_rounds(after=3)
-        run.truncate_rounds(after=5)
+        with pytest.raises(FedqError, match=r"ends with round 3, .* round 5: put"):
+            run.truncate_rounds(after=5)
         assert [record["round"] for record in run.rounds()] == [0, 1, 2, 3]
         run.append_round({"round": 4})
         assert [record["round"] for record in run.rounds()] == [0, 1, 2, 3, 4]

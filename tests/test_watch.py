@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fedq import manifest
 from fedq.errors import ConfigError
 from fedq.results import RunDirectory
 from fedq.watch import Feed, page, serving
@@ -60,7 +61,7 @@ def test_each_line_is_told_once_and_in_order(feed: Any, tmp_path: Path) -> None:
         assert followed.after(len(followed.events)) == []
         assert kinds(followed.after(0))[:2] == [("run", None), ("round", 0)]
     described = followed.events[0]["content"]
-    assert (described["label"], described["rounds"]) == ("mine", 3)
+    assert (described["place"], described["name"], described["rounds"]) == ("", "mine", 3)
     assert followed.events[1]["content"]["metric"]["title"] == "accuracy"
 
 
@@ -108,8 +109,10 @@ def test_a_sweep_s_runs_appear_as_they_start(feed: Any, tmp_path: Path) -> None:
     for name in ("2", "10", "2/baseline"):
         with RunDirectory.create(tmp_path / name, {"name": "cell", "rounds": 1}) as run:
             run.append_round(record(1))
-    found = [event["content"]["label"] for event in followed.after(0) if event["kind"] == "run"]
-    assert found == ["2 cell", "2/baseline cell", "10 cell"]
+    manifest.begin(tmp_path / "10", {}, overrides=["codec.bits=4", "run_dir=10"])
+    found = [event["content"] for event in followed.after(0) if event["kind"] == "run"]
+    assert [run["place"] for run in found] == ["2", "2/baseline", "10"]
+    assert [run["asked"] for run in found] == [[], [], ["codec.bits=4"]]
     shutil.rmtree(tmp_path / "10")
     assert followed.after(len(followed.events)) == []
 

@@ -42,6 +42,11 @@ class _Line:
     style: dict[str, Any]
 
 
+def readable(label: str) -> str:
+    """Return a label as a legend has it: the names of options stay as one types them."""
+    return label if "=" in label else label.replace("_", " ")
+
+
 def plot_accuracy_vs_bytes(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """Draw test accuracy of the deployed model against bytes sent, as PNG (1600 x 1000) or SVG.
 
@@ -124,7 +129,7 @@ def _lines(runs: Sequence[Run]) -> list[_Line]:
             up, down = size(run.uplink_bytes), size(run.downlink_bytes)
             lines.append(
                 _Line(
-                    label.replace("_", " "),
+                    readable(label),
                     f"{up} up, {down} down",
                     list(x),
                     [run.metric.scale * value for value in y],

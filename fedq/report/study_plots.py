@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedq.metrics import Metric
-from fedq.report.plots import COLOURS, FAINT, FLOAT_COLOUR, TEXT_COLOUR, save
+from fedq.report.plots import COLOURS, FAINT, FLOAT_COLOUR, TEXT_COLOUR, readable, save
 from fedq.report.study import Method, Study, loss
 from fedq.report.tables import duration, joules, size
 
@@ -209,7 +209,7 @@ def _legend(axes: Axes, styles: dict[Method, dict[str, Any]]) -> None:
     named = [(m, style) for m, style in styles.items() if style["marker"] != "."]
     named.sort(key=lambda pair: loss(pair[0]))
     handles = [Line2D([], [], linestyle="-", linewidth=1.7, **style) for _, style in named]
-    names = [method.label.replace("_", " ") for method, _ in named]
+    names = [readable(method.label) for method, _ in named]
     if others := len(styles) - len(named):
         handles.append(Line2D([], [], color="#C8C8C8", marker=".", linewidth=0.8))
         names.append(f"{others} others")

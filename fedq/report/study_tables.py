@@ -71,7 +71,7 @@ def table(study: Study) -> Group:
             else:
                 shown.add_column(header, justify="right", no_wrap=True)
         for row in rows:
-            row["seeds"] = f"{row['seeds']} seeds"
+            row["seeds"] = _seeds(int(row["seeds"]))
             shown.add_row(
                 *(Text(row[above]) + Text(f"\n{row[below]}", "dim") for above, below in pairs)
             )
@@ -243,7 +243,7 @@ def cells(study: Study, method: Method) -> dict[str, str]:
         "wire": _size(method.mean("wire_bytes")),
         "reach": _size(reached.spent)
         if reached.reached == reached.of
-        else f"{reached.reached} of {reached.of} seeds",
+        else f"{reached.reached} of {_seeds(reached.of)}",
         "uplink_reach": _size(study.to_reach(method, "uplink_bytes").spent)
         if reached.reached == reached.of
         else "",
@@ -259,6 +259,10 @@ def used(study: Study, task: str, rows: Sequence[Mapping[str, str]]) -> dict[str
     """Return the headers of a task's columns that have a value."""
     headers = {**HEADERS, "score": study.metric(task).title}
     return {key: text for key, text in headers.items() if any(row[key] for row in rows)}
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
 
 
 def _score(value: Interval | None, metric: Metric) -> str:

@@ -158,6 +158,18 @@ def test_zero_is_exact(codec, layout):
 
 
 @every_codec
+@pytest.mark.parametrize("alive", [0, 1])
+def test_layers_of_zeros_are_no_trouble(codec, alive):
+    """Frozen or dead matrices, alone and beside one that learns."""
+    layout = Layout.of({"a": np.empty((64, 48)), "b": np.empty((64, 48))})
+    x = np.zeros(layout.size, np.float32)
+    x[: 64 * 48] = alive * np.random.default_rng(5).standard_normal(64 * 48)
+    y = codec.decode(codec.encode(x, layout, seed=3), layout)
+    assert np.isfinite(y).all()
+    assert alive or not y.any()
+
+
+@every_codec
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_refuses_non_finite(codec, bad):
     x = np.zeros(8, np.float32)
