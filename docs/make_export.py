@@ -92,13 +92,13 @@ def _digits(value: float) -> str:
 
 
 def _size_and_date(found: Cells) -> tuple[int, str]:
-    return len(found), max(cell["date"] for own in found.values() for cell in own.values())
+    return len(found), min(cell["date"] for own in found.values() for cell in own.values())
 
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the page with the tables of the results file."""
     found = cells()
-    whole = max(found.values(), key=_size_and_date)  # where the whole zoo was measured, last
+    whole = max(found.values(), key=_size_and_date)  # where the whole zoo was measured anew, last
     tables = [f"{cpu}:\n\n{gains(own)}" for cpu, own in found.items()]
     page = _make.with_made(PAGE.read_text(), "parity", parity(whole))
     yield PAGE, _make.with_made(page, "gains", "\n\n".join(tables))
