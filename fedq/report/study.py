@@ -413,4 +413,4 @@ def _alike(keys: Iterable[tuple[str, str]]) -> list[list[int]]:
     found: dict[tuple[str, str], list[int]] = {}
     for i, key in enumerate(keys):
         found.setdefault(key, []).append(i)
-    return [places for places in found.values() if len(places) > 1]
+    return [own for own in found.values() if len(own) > 1]
