@@ -205,16 +205,18 @@ class RunDirectory:
     def truncate_rounds(self, after: int) -> None:
         """Drop the lines of rounds above ``after``: a kill may fall between line and checkpoint.
 
+        A run that began with another's checkpoint has none.
+
         Raises:
-          FedqError: If lines up to ``after`` are missing, or the file cannot be written.
+          FedqError: If the last lines up to ``after`` are missing, or the file cannot be written.
         """
         rounds = self.rounds()
         kept = [record for record in rounds if record["round"] <= after]
-        last = kept[-1]["round"] if kept else 0
-        if last < after:
+        if kept and kept[-1]["round"] < after:
             raise FedqError(
-                f"{self.path / ROUNDS} ends with round {last}, the checkpoint beside it with round"
-                f" {after}: put the missing lines back, or run it again in another directory"
+                f"{self.path / ROUNDS} ends with round {kept[-1]['round']}, the checkpoint beside"
+                f" it with round {after}: put the missing lines back, or run it again in another"
+                " directory"
             )
         if len(kept) < len(rounds):
             self._rewrite_rounds(kept)

@@ -31,7 +31,13 @@ CASES = [
     for options in cls.examples  # type: ignore[attr-defined]
     for norm in cls.norms  # type: ignore[attr-defined]
 ]
-ATTACKS = (Apgd(steps=15), Transfer(inner=Apgd(steps=15)), Square(queries=150))
+#: Two losses: what one alone misses on an image or two, guesses may find.
+ATTACKS = (
+    Apgd(steps=15),
+    Apgd(steps=15, loss="dlr"),
+    Transfer(inner=Apgd(steps=15)),
+    Square(queries=150),
+)
 
 
 def linear(shape: tuple[int, ...], classes: int = 5, seed: int = 0) -> nn.Module:
