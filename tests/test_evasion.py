@@ -280,6 +280,6 @@ def test_an_evaluation_that_cannot_be_is_refused(options: dict[str, Any]) -> Non
 def test_options_go_to_json_and_back() -> None:
     evaluation = EvasionEvaluation(attacks=ATTACKS)
     plain = registry.to_config(evaluation)
-    assert plain["attacks"][1]["inner"]["steps"] == 15
+    assert plain["attacks"][2]["inner"]["steps"] == 15
     assert registry.from_config("evaluation", plain) == evaluation
     assert "apgd(steps=15)" in registry.describe(evaluation)
