@@ -9,6 +9,7 @@
     model.safetensors   float master weights and the quantizer ranges, of which the deployed int8
                         model is made; the same tensors give the same bytes
     checkpoint/         round-000012.safetensors: all that a resumed run needs
+    baseline/           the same federation in float, a run directory
     .lock               held for the life of the run
 
 Every file but ``rounds.jsonl`` is written under a temporary name, synced and renamed, so that a
@@ -49,6 +50,8 @@ CONFIG, ROUNDS, SUMMARY = "config.yaml", "rounds.jsonl", "summary.json"
 #: What a fleet's links carried, by device, where a meter counted.
 WIRE = "wire.json"
 MODEL, CHECKPOINTS, LOCK = "model.safetensors", "checkpoint", ".lock"
+#: Directories of float runs: a run's own, and those that the cells of a sweep share.
+BASELINE, BASELINES = "baseline", "baselines"
 _KEY = "fedq"  # one metadata key: safetensors keeps no order among several
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -23,7 +23,7 @@ from fedq.downlink import models_kept
 from fedq.errors import ConfigError
 from fedq.experiment import DEFAULT_CLIENTS, Experiment
 from fedq.random import derive
-from fedq.results import RunDirectory, default_run_path, holds_run, read_summary
+from fedq.results import BASELINE, RunDirectory, default_run_path, holds_run, read_summary
 from fedq.strategy import NO_DEVICES
 
 # isort: split
@@ -32,7 +32,6 @@ from flwr.serverapp import Grid
 
 LOG = logging.getLogger("fedq")
 CLIENT_STATE = "clients"
-BASELINE = "baseline"
 
 
 @dataclass(frozen=True)

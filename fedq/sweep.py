@@ -39,11 +39,11 @@ from fedq.data.base import load
 from fedq.errors import ConfigError, FedqError
 from fedq.experiment import Experiment
 from fedq.layout import Layout
-from fedq.results import holds_run, locked
+from fedq.results import BASELINES, holds_run, locked
 from fedq.server import Observer
 from fedq.threads import usable_cores
 
-BASELINES, LOG_FILE = "baselines", "log.txt"
+LOG_FILE = "log.txt"
 #: Seconds between two looks at the clock while nothing happens.
 TICK_S = 0.25
 #: Seconds that interrupted cells get to put their workers away.

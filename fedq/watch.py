@@ -21,7 +21,7 @@ from typing import Any
 from fedq import manifest, registry, results
 from fedq.errors import ConfigError, FedqError
 from fedq.metrics import metric_of
-from fedq.report.runs import BASELINE, Run
+from fedq.report.runs import Run
 
 #: Files are looked at this often at most, however many pages ask.
 LOOK_S = 0.5
@@ -81,13 +81,16 @@ class Feed:
     def _search(self) -> None:
         inside = [self.path]
         if not results.holds_config(self.path):
-            inside = sorted(
-                (p for p in self.path.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name)
-            )
+            inside = [*_directories(self.path), *_directories(self.path / results.BASELINES)]
         for directory in inside:
-            for path in (directory, directory / BASELINE):
+            for path in (directory, directory / results.BASELINE):
                 if path not in self._runs and results.holds_config(path):
                     self._runs[path] = _Followed(path, len(self._runs), self.path)
+
+
+def _directories(path: Path) -> list[Path]:
+    inside = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
+    return sorted(inside, key=lambda child: (len(child.name), child.name))
 
 
 class _Followed:

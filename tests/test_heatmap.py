@@ -13,7 +13,8 @@ from rich.console import Console
 
 from fedq.report import heatmap
 from fedq.report.heatmap import AttackGrid
-from fedq.report.runs import BASELINE, Run
+from fedq.report.runs import Run
+from fedq.results import BASELINE
 
 ATTACKS: dict[str, dict[str, Any]] = {
     "model_replacement": {"name": "model_replacement", "fraction": 0.3},

@@ -106,13 +106,13 @@ def test_a_resumed_run_starts_its_curve_anew(feed: Any, tmp_path: Path) -> None:
 def test_a_sweep_s_runs_appear_as_they_start(feed: Any, tmp_path: Path) -> None:
     followed = feed(tmp_path)
     assert followed.after(0) == []
-    for name in ("2", "10", "2/baseline"):
+    for name in ("2", "10", "2/baseline", "baselines/1"):
         with RunDirectory.create(tmp_path / name, {"name": "cell", "rounds": 1}) as run:
             run.append_round(record(1))
     manifest.begin(tmp_path / "10", {}, overrides=["codec.bits=4", "run_dir=10"])
     found = [event["content"] for event in followed.after(0) if event["kind"] == "run"]
-    assert [run["place"] for run in found] == ["2", "2/baseline", "10"]
-    assert [run["asked"] for run in found] == [[], [], ["codec.bits=4"]]
+    assert [run["place"] for run in found] == ["2", "2/baseline", "10", "baselines/1"]
+    assert [run["asked"] for run in found] == [[], [], ["codec.bits=4"], []]
     shutil.rmtree(tmp_path / "10")
     assert followed.after(len(followed.events)) == []
 

@@ -19,7 +19,8 @@ from fedq import registry
 from fedq.errors import FedqError
 from fedq.metrics import ACCURACY
 from fedq.report.plots import FAINT, TEXT_COLOUR, subtitle
-from fedq.report.runs import BASELINE, Run
+from fedq.report.runs import Run
+from fedq.results import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

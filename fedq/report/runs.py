@@ -14,8 +14,8 @@ from typing import Any
 from fedq import manifest, registry, results
 from fedq.errors import ConfigError, FedqError
 from fedq.metrics import ACCURACY, Metric, metric_of
+from fedq.results import BASELINE
 
-BASELINE = "baseline"
 #: Groups that change what is learnt or sent: a float run has none of them.
 _OTHER = ("quantization", "privacy", "secure_aggregation", "attack", "pruning")
 #: "Equal" is what is worth this part of the float run's final score, if both runs reach it.
