@@ -77,7 +77,7 @@ for jit in on off; do
 done
 
 say 'a federation of two architectures'
-ssh -- pi-1 .fedq/venv/bin/fedq fleet node &
+ssh -- pi-1 '.fedq/venv/bin/fedq fleet node' &
 "$python" -m fedq.cli fleet node "$work/here" &
 fedq fleet run data=mnist5k rounds=3 clients_per_round=2 local_epochs=1 batch_size=32 \
     baseline=false run_dir="$work/run"
