@@ -187,6 +187,9 @@ def run_experiment(
     cohort = experiment.clients_per_round
     if isinstance(cohort, int) and cohort > len(filled):
         LOG.warning("clients_per_round=%d, but there are %d: all take part", cohort, len(filled))
+    integers = experiment.secure_aggregation.integers or experiment.privacy.integers
+    if integers and any(text.startswith(("codec=", "codec.")) for text in overrides):
+        LOG.warning("codec=%s is not used: updates are sent as integers", experiment.codec.name)
     opened = run_directory(experiment, path, resume, overrides)
     with opened as directory, watch(experiment) as observer:
 

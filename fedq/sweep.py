@@ -434,7 +434,11 @@ def _work(cell: Cell, workers: int, pipe: Connection, parents: Connection) -> No
     try:
         begun = holds_run(cell.path)
         outcome = simulation.run_experiment(
-            _fitted(cell.experiment, workers), cell.path, resume=begun, watch=watch
+            _fitted(cell.experiment, workers),
+            cell.path,
+            resume=begun,
+            watch=watch,
+            overrides=cell.overrides,
         )
         pipe.send(("summary", outcome.summary))
     except (KeyboardInterrupt, _OrphanedError, BrokenPipeError):

@@ -19,10 +19,10 @@ from fedq import manifest
 from fedq.errors import ConfigError, FedqError
 from fedq.report import Study, find_runs, report, study_tables
 from fedq.report.page import page
-from fedq.report.runs import survey
+from fedq.report.runs import Run, survey
 from fedq.report.study import front, interval, paired, remarks
 from fedq.report.tables import note
-from fedq.results import RunDirectory
+from fedq.results import RunDirectory, read_config
 
 FLOAT, UP = 4000, 1000
 
@@ -148,6 +148,56 @@ def test_the_reference_is_float_unless_one_says(sweep: Path) -> None:
     assert named.against(method(named, "bad")) is None
     with pytest.raises(ConfigError, match="no method is called 'worst'; there are: "):
         study(sweep, reference="worst")
+
+
+def test_of_a_run_and_its_repetition_the_finished_one_counts(tmp_path: Path) -> None:
+    killed = write_run(tmp_path / "1", "mine", 0, 0.9, until=1)
+    again = write_run(tmp_path / "2", "mine", 0, 0.9)
+    runs = find_runs([tmp_path])
+    found = Study.of(runs)
+    assert [run.path for run in found.runs] == [again]
+    assert remarks(runs, found) == [
+        f"{killed}: left out, another run has its configuration and seed"
+    ]
+
+
+def test_runs_of_one_name_are_called_by_what_was_asked_of_them(tmp_path: Path) -> None:
+    asked = {"1": ["rounds=5", "codec.bits=4"], "2": ["rounds=5", "codec.bits=2"], "a/3": []}
+    for number, (place, overrides) in enumerate(asked.items()):
+        path = write_run(tmp_path / place, "fedq", 0, 0.9, up=UP + number)
+        config = read_config(path)
+        with RunDirectory.open(path) as run:
+            run.go_on({**config, "learning_rate": number})
+            run.write_summary({"name": "fedq", "accuracy": 0.9, "rounds": 5})
+        manifest.begin(path, config, overrides=[*overrides, f"run_dir={place}", "seed=0"])
+    labels = {m.runs[0].path.name: m.label for m in Study.of(find_runs([tmp_path])).methods}
+    assert labels == {"1": "rounds=5 codec.bits=4", "2": "rounds=5 codec.bits=2", "3": "fedq"}
+    alike = [
+        write_run(tmp_path / place / "7", "new", 0, 0.5, rounds=n)
+        for place, n in (("x", 2), ("y", 3))
+    ]
+    assert sorted(m.label for m in Study.of(find_runs(alike)).methods) == ["new (x/7)", "new (y/7)"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"quantization": {"name": "uniform"}},
+        {"privacy": {"name": "gaussian"}},
+        {"secure_aggregation": {"name": "secagg"}},
+        {"attack": {"name": "sign_flip"}},
+    ],
+)
+def test_float_is_nothing_but_float(more: dict[str, Any]) -> None:
+    plain = {"codec": {"name": "identity"}, "downlink": {"name": "identity"}}
+    off = {key: {"name": "none"} for key in ("quantization", "privacy", "attack", "pruning")}
+    assert Run(Path("run"), plain | off, (), {}).is_float
+    assert not Run(Path("run"), plain | off | more, (), {}).is_float
+
+
+def test_masked_updates_are_not_the_codec_s() -> None:
+    config = {"codec": {"name": "sign"}, "secure_aggregation": {"name": "secagg"}}
+    assert Run(Path("run"), config, (), {}).codec == "secagg"
 
 
 def test_the_front_has_what_nothing_dominates(sweep: Path) -> None:

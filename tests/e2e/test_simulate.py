@@ -286,6 +286,15 @@ def test_a_sweep_with_a_misspelling_runs_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_codec_that_is_not_used_is_named(tmp_path: Path) -> None:
+    options = ("data=digits", "clients=6", "clients_per_round=6", "rounds=1", "baseline=false")
+    asked = ("codec=sign", "secure_aggregation=secagg")
+    done = fedq("simulate", *options, *asked, "run_dir=run", cwd=tmp_path)
+    assert "codec=sign is not used" in done.stdout + done.stderr
+    told = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert told["overrides"] == [*options, *asked, "run_dir=run"]
+
+
 def test_a_run_moves_and_resumes_from_another_folder(tmp_path: Path) -> None:
     here, there = tmp_path / "a folder, with=signs", tmp_path / "there"
     here.mkdir()
