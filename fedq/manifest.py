@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedq.results import versions, write_file
 MANIFEST = "manifest.json"
 SCHEMA = 1
 #: Options that say where and how fast a run is, not what it computes.
-ELSEWHERE = {"run_dir", "resume", "baseline", "engine", "decode_threads", "server_memory_gb"}
+_ELSEWHERE = {"run_dir", "resume", "baseline", "engine", "decode_threads", "server_memory_gb"}
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -41,9 +41,18 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     >>> fingerprint({"seed": 1, "run_dir": "a"}) == fingerprint({"run_dir": "b", "seed": 1})
     True
     """
-    decisive = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    decisive = {key: value for key, value in config.items() if key not in _ELSEWHERE}
     text = json.dumps(decisive, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def decisive(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that decide a run's result.
+
+    >>> decisive(["run_dir=a", "engine.workers=2", "codec.bits=4"])
+    ['codec.bits=4']
+    """
+    return [text for text in overrides if re.split("[.=]", text.lstrip("+~"))[0] not in _ELSEWHERE]
 
 
 def write(

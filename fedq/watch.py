@@ -137,10 +137,9 @@ class _Followed:
     def _asked(self) -> list[str]:
         """Return what the command line said of the run, which tells cells of a sweep apart."""
         try:
-            found = (manifest.read(self._path) or {}).get("overrides", [])
+            return manifest.decisive((manifest.read(self._path) or {}).get("overrides", ()))
         except FedqError:
             return []
-        return [text for text in found if text.partition("=")[0] not in manifest.ELSEWHERE]
 
     def _rounds(self) -> Iterator[dict[str, Any]]:
         path = self._path / results.ROUNDS

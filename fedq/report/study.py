@@ -8,7 +8,6 @@ and run ``s`` of the other began from the same model, with the same clients in e
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -403,9 +402,8 @@ def _names(groups: Sequence[Sequence[Run]], tasks: Sequence[str]) -> list[str]:
 
 def _asked(run: Run) -> list[str]:
     """Return the overrides of a run that decide its result, but for the seed."""
-    aside = {"seed", *manifest.ELSEWHERE}
-    found = run.manifest.get("overrides", [])
-    return [text for text in found if re.split("[.=]", text.lstrip("+~"))[0] not in aside]
+    found = manifest.decisive(run.manifest.get("overrides", ()))
+    return [text for text in found if not text.startswith("seed=")]
 
 
 def _alike(keys: Iterable[tuple[str, str]]) -> list[list[int]]:
