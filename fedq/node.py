@@ -166,7 +166,7 @@ def serve(grid: Grid, context: Context) -> None:
     progress.log_to(console)
     if experiment.server_memory_gb is not None:
         limit_memory(experiment.server_memory_gb)
-    opened = simulation.run_directory(experiment, path, resumed)
+    opened = simulation.run_directory(experiment, path, resumed, _overrides(context))
     with opened as directory, progress.watch(console)(experiment) as observer:
         dataset = load(experiment.data)
         server.run(StreamGrid(grid), experiment, dataset, directory, observer=observer)

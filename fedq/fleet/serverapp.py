@@ -132,7 +132,7 @@ def run(
             control.sync(client, fleet)
         _wait_for_devices(fleet, experiment.quorum, wait_s, say)
         with (
-            simulation.run_directory(experiment, path, resumed) as directory,
+            simulation.run_directory(experiment, path, resumed, overrides) as directory,
             watch(experiment) as observer,
         ):
             known, least = _devices_know(path, overrides, min_memory_mb)
